@@ -1,0 +1,37 @@
+"""LBGM, the Look-Back Gradient Multiplier, as a stackable gradient compressor for PyTorch.
+
+>>> import torch
+>>> from lbgm_compress import LBGM, Receiver, Sender, TopK
+>>> compressor = LBGM(TopK(0.01), delta=0.2)
+>>> sender = Sender(compressor)
+>>> grads = {"weight": torch.randn(1000, 100)}
+>>> receiver = Receiver(compressor, like=grads)
+>>> full = receiver.decompress("worker 0", sender.compress(grads))
+>>> sender.compress(grads).numel()
+21
+"""
+
+from lbgm_compress.compressor import Compressor, OutOfSyncError, PayloadError
+from lbgm_compress.compressors.atomo import Atomo
+from lbgm_compress.compressors.error_feedback import ErrorFeedback
+from lbgm_compress.compressors.identity import Identity
+from lbgm_compress.compressors.lbgm import LBGM
+from lbgm_compress.compressors.signsgd import SignSGD
+from lbgm_compress.compressors.topk import TopK
+from lbgm_compress.endpoints import Receiver, Sender
+
+__all__ = [
+    "Atomo",
+    "Compressor",
+    "ErrorFeedback",
+    "Identity",
+    "LBGM",
+    "OutOfSyncError",
+    "PayloadError",
+    "Receiver",
+    "Sender",
+    "SignSGD",
+    "TopK",
+]
+
+__version__ = "0.1.0"

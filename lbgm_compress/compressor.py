@@ -1,0 +1,312 @@
+"""The contract of a gradient compressor, and its laws.
+
+A compressor is a frozen dataclass of hyper-parameters. It keeps no state, draws from no global
+generator and knows no engine. State is a nested dict of tensors and numbers that goes in as an
+argument and comes back as a result; a sender and a receiver have different states, which only
+share what the payloads carry.
+
+The laws, for every compressor and every composition (`tests/laws.py` checks them):
+
+1. What a receiver decodes equals `decoded`, bit for bit on one device, in every round of a run.
+2. `compress` and `decompress` are pure: same input, same state, same output; neither the input
+   gradient nor the state that went in is modified.
+3. ``eval(repr(c)) == c``.
+4. A state survives `torch.save` and ``torch.load(weights_only=True)`` and the run goes on
+   bit-exactly.
+5. Shapes and dtypes come back as they went: float32, float16, bfloat16 and float64; 0-d, empty,
+   one-element and non-contiguous tensors.
+6. Any byte string given to a receiver gives a tensor of the right shape or raises `PayloadError`:
+   it never reads past the end, allocates no more than in proportion to the tensor that it
+   decodes, and leaves the receiver's state untouched when it raises.
+
+A gradient with inf or nan (as loss scaling produces) is sent as it is, uncompressed, and changes
+no state, so that every rank sees the same inf or nan and skips the same step.
+
+To write a compressor, implement `encode` and `decode`; the public methods are made of them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import as_bytes, from_bytes
+
+__all__ = [
+    "DTYPES",
+    "Compressor",
+    "Encoding",
+    "OutOfSyncError",
+    "PayloadError",
+    "State",
+    "all_finite",
+    "check_gradient",
+    "raw",
+]
+
+State = dict[str, Any]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Encoding(NamedTuple):
+    """One compressed tensor, whose body and decoded form are made only if somebody asks."""
+
+    head: bytes
+    """The fixed-size part of the payload; its first byte is the `Kind`."""
+    body: Callable[[], Tensor] | None
+    """Makes the rest of the payload (flat uint8), valid while the gradient is unchanged."""
+    decoded: Decoded
+    """What a receiver reconstructs; it may share memory with the gradient."""
+    state: State
+    """The sender's state after this round."""
+    phase_error: float | None = None
+    """sin^2 of the angle to what was looked back at; None if nothing was."""
+
+    def payload(self, device: torch.device) -> Tensor:
+        """Return head and body as one flat uint8 tensor."""
+        head = torch.frombuffer(bytearray(self.head), dtype=torch.uint8).to(device)
+        return head if self.body is None else torch.cat([head, self.body()])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Compressor(abc.ABC):
+    """Turns gradients into payloads of bytes, and back."""
+
+    kinds: ClassVar[frozenset[int]] = frozenset({Kind.BODY})
+    """The kinds of payload that `encode` makes and `decode` reads."""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a receiver of this compressor keeps state."""
+        return False
+
+    def __repr__(self) -> str:
+        """Return the shortest expression that builds this compressor."""
+        arguments = []
+        for position, field in enumerate(dataclasses.fields(self)):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            arguments.append(repr(value) if position == 0 else f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def compress(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Compress one gradient.
+
+        Parameters
+        ----------
+        grad
+            The gradient, of any shape; float32, float16, bfloat16 or float64. Not modified.
+        state
+            What the last round returned, or `initial_state` in the first.
+
+        Returns
+        -------
+        payload
+            Flat uint8 tensor on the gradient's device.
+        decoded
+            The dense tensor that a receiver reconstructs from exactly those bytes.
+        state
+            The state for the next round; it takes effect only if the caller keeps it.
+
+        Raises
+        ------
+        TypeError
+            If the gradient is not a dense floating-point tensor.
+        """
+        return self.compress_batch([grad], [state])[0]
+
+    def compress_batch(
+        self, grads: Sequence[Tensor], states: Sequence[State]
+    ) -> list[tuple[Tensor, Tensor, State]]:
+        """Do `compress` for several tensors, with as few device synchronisations as for one."""
+        for grad in grads:
+            check_gradient(grad)
+        results = []
+        for grad, encoding in zip(grads, self.encode_batch(grads, states), strict=True):
+            decoded = owned(encoding.decoded, grad)
+            results.append((encoding.payload(grad.device), decoded, encoding.state))
+        return results
+
+    def decompress(self, payload: Tensor, state: State, like: Tensor) -> tuple[Tensor, State]:
+        """Decode one payload.
+
+        Parameters
+        ----------
+        payload
+            Flat uint8 tensor, as `compress` returned it.
+        state
+            The receiver's state: what the last round returned, or ``{}`` in the first.
+        like
+            A tensor with the shape, dtype and device of the result; its values do not matter.
+
+        Returns
+        -------
+        tensor
+            The decoded tensor, dense.
+        state
+            The receiver's state for the next round.
+
+        Raises
+        ------
+        PayloadError
+            If the bytes are not a payload of this compressor for such a tensor.
+        OutOfSyncError
+            If they need a look-back gradient and `state` holds none.
+        """
+        decoded, state = self.read(*self.split(payload, like), state, like)
+        return owned(decoded, payload), state
+
+    def accumulate(self, payload: Tensor, state: State, out: Tensor, weight: float) -> State:
+        """Add `weight` times the decoded tensor to `out`, and return the receiver's new state.
+
+        `out` has the shape, dtype and device of the gradient. The result has the bits of
+        ``out + decoded * weight``, rounded after the product and after the sum; where `out` holds
+        -0.0 and `decoded` 0.0, a sparse compressor may leave the -0.0. Errors are those of
+        `decompress`; `out` is unchanged when they are raised.
+        """
+        decoded, state = self.read(*self.split(payload, out), state, out)
+        decoded.add_to(out, weight)
+        return state
+
+    def finish(self, mean: Tensor) -> Tensor:
+        """Return what a receiver makes of the weighted average of the decoded tensors."""
+        return mean
+
+    def initial_state(self, seed: int) -> State:
+        """Return a sender's state before the first round; `seed` is that of its randomness."""
+        return {}
+
+    def forget(self, state: State) -> State:
+        """Return a sender's `state` without what it looks back at: the next payload is full.
+
+        What only the sender knows, such as a residual, stays.
+        """
+        return state
+
+    def head_size(self, like: Tensor) -> int:
+        """Return the size in bytes of the fixed part of a payload, its kind included."""
+        return 1
+
+    @abc.abstractmethod
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        """Compress a gradient that holds neither inf nor nan."""
+
+    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        """Compress gradients of any values."""
+        return [
+            self.encode(grad, state) if finite else raw(self, grad, state)
+            for grad, state, finite in zip(grads, states, all_finite(grads), strict=True)
+        ]
+
+    @abc.abstractmethod
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        """Decode a payload of one of `kinds`; `body` is flat uint8, empty if there is none.
+
+        The result must be valid: whatever can be wrong with the bytes raises `PayloadError` here.
+        """
+
+    def split(self, payload: Tensor, like: Tensor) -> tuple[bytes, Tensor | None]:
+        """Take a payload apart into head and body."""
+        size = self.head_size(like)
+        if payload.dtype != torch.uint8 or payload.dim() != 1:
+            raise PayloadError(
+                f"a payload is a flat uint8 tensor, not {payload.dtype} of shape "
+                f"{tuple(payload.shape)}"
+            )
+        if payload.numel() < size:
+            raise PayloadError(f"the payload has {payload.numel()} bytes, its head alone {size}")
+        head = payload[:size].cpu().numpy().tobytes()
+        if not head[0] & Kind.BODY and payload.numel() > size:
+            raise PayloadError(f"{payload.numel() - size} bytes follow a payload without a body")
+        return head, payload[size:] if head[0] & Kind.BODY else None
+
+    def read(
+        self, head: bytes, body: Tensor | None, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        """Decode a payload of any kind, given as head and body.
+
+        Raises
+        ------
+        PayloadError, OutOfSyncError
+            As `decompress`.
+        """
+        kind = head[0]
+        if body is None:
+            body = torch.empty(0, dtype=torch.uint8, device=like.device)
+        if body.device != like.device:
+            body = body.to(like.device)
+        if kind == Kind.RAW | Kind.BODY:
+            if any(head[1:]):
+                raise PayloadError("the head of an uncompressed tensor is not zero")
+            return dense_from_bytes(body, like), state
+        if kind not in self.kinds:
+            raise PayloadError(f"unknown kind of payload {kind} for {self!r}")
+        return self.decode(head, body, state, like)
+
+
+def check_gradient(grad: Tensor, name: str | None = None) -> None:
+    """Raise `TypeError` unless `grad` is a dense floating-point tensor."""
+    which = "a gradient" if name is None else f"the gradient {name!r}"
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"{which} must be a torch.Tensor, not {type(grad).__name__}")
+    if grad.layout != torch.strided:
+        raise TypeError(f"{which} must be dense, not {grad.layout}: call .to_dense() first")
+    if grad.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{which} must be one of {names}, not {grad.dtype}")
+
+
+def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Say of each tensor whether it is free of inf and nan, with one device synchronisation."""
+    if not tensors:
+        return []
+    # A finite sum of squares means finite terms, and costs one read; only an infinite one, which
+    # may also come from overflow, needs a closer look.
+    sums = torch.stack([_square_sum(tensor) for tensor in tensors])
+    return [
+        finite or bool(tensor.isfinite().all())
+        for tensor, finite in zip(tensors, sums.isfinite().tolist(), strict=True)
+    ]
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    if flat.dtype.itemsize < 4:
+        flat = flat.float()
+    return torch.dot(flat, flat).double()
+
+
+def raw(compressor: Compressor, grad: Tensor, state: State) -> Encoding:
+    """Send a gradient as it is; the state stays as it was."""
+    head = bytes([Kind.RAW | Kind.BODY]) + bytes(compressor.head_size(grad) - 1)
+    return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
+
+
+def dense_from_bytes(body: Tensor, like: Tensor) -> Dense:
+    """Read the elements of a tensor as they are in memory, row by row."""
+    expected = like.numel() * like.dtype.itemsize
+    if body.numel() != expected:
+        raise PayloadError(
+            f"{body.numel()} bytes for a dense tensor of shape {tuple(like.shape)}, "
+            f"expected {expected}"
+        )
+    return Dense(from_bytes(body, like.dtype).view(like.shape))
+
+
+def owned(decoded: Decoded, source: Tensor) -> Tensor:
+    """Return the dense tensor, in memory of its own if it would share that of `source`."""
+    dense = decoded.dense()
+    if dense.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+        return dense.clone(memory_format=torch.contiguous_format)
+    return dense.contiguous()

@@ -1,0 +1,219 @@
+"""A sum of a few singular triplets."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lbgm_compress.compressor import (
+    Compressor,
+    Encoding,
+    PayloadError,
+    State,
+    dense_from_bytes,
+    raw,
+)
+from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.wire.bits import read_varints, varint
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import as_bytes, decode_values, encode_values, values_size
+
+__all__ = ["Atomo"]
+
+# Up to this size of the smaller side all singular values come from the Gram matrix; above it, the
+# leading ones come from subspace iteration, which is then faster.
+GRAM_LIMIT = 256
+
+
+@dataclass(frozen=True, repr=False)
+class Atomo(Compressor):
+    """Spectral ATOMO (arXiv 1806.04090) on the tensor seen as a matrix (first dimension, rest).
+
+    Tensors with fewer than two dimensions, and those for which `rank` factors would be no smaller
+    than the tensor, are sent as they are.
+
+    The body of a payload is the number r of triplets (unsigned LEB128), the left factors (m x r)
+    and the right factors (n x r), each row by row as a section of values
+    (`lbgm_compress.wire.values`) in the tensor's own precision; the decoded matrix is left times
+    right transposed. That of a tensor sent as it is holds its elements, row by row.
+
+    Parameters
+    ----------
+    rank
+        Number of triplets, at least 1.
+    unbiased
+        False: the leading `rank` triplets, as in the LBGM paper's experiments; for matrices whose
+        smaller side exceeds 256, from four steps of subspace iteration with eight spare vectors.
+        True: triplets are sampled with the probabilities of ATOMO's algorithm 1, `rank` of them in
+        expectation, and divided by their probability, so that the decoded tensor is an unbiased
+        estimate. The sender's state then holds a seed and a round.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is outside its range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> grad = torch.outer(torch.arange(8.0), torch.arange(9.0))
+    >>> payload, decoded, state = Atomo(rank=1).compress(grad, {})
+    >>> payload.numel(), torch.allclose(decoded, grad, atol=1e-4)
+    (70, True)
+    """
+
+    rank: int
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+        if not isinstance(self.unbiased, bool):
+            raise ValueError(f"unbiased must be True or False, not {self.unbiased!r}")
+
+    def initial_state(self, seed: int) -> State:
+        return {"seed": seed, "round": 0} if self.unbiased else {}
+
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        sides = self._sides(grad)
+        if sides is None:
+            head = bytes([Kind.BODY])
+            return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
+        matrix = grad.reshape(sides)
+        matrix = matrix.float() if grad.dtype.itemsize < 4 else matrix
+        # Scaled to magnitudes of at most 1, squares neither overflow nor vanish.
+        magnitude = matrix.abs().max()
+        matrix = matrix / torch.where(magnitude > 0, magnitude, 1.0)
+        if self.unbiased:
+            left, right, state = self._sampled(matrix, state)
+        else:
+            left, right = _leading(matrix, self.rank)
+        right = right * magnitude
+        if not bool(right.isfinite().all()):
+            return raw(self, grad, state)
+
+        precision = str(grad.dtype).removeprefix("torch.")
+        count = left.shape[1]
+        left_section, left = encode_values(left.reshape(-1), precision)
+        right_section, right = encode_values(right.reshape(-1), precision)
+
+        def body() -> Tensor:
+            front = torch.frombuffer(bytearray(varint(count)), dtype=torch.uint8)
+            return torch.cat([front.to(grad.device), left_section, right_section])
+
+        decoded = LowRank(left.view(sides[0], count), right.view(sides[1], count), grad)
+        return Encoding(bytes([Kind.BODY]), body, decoded, state)
+
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        sides = self._sides(like)
+        if sides is None:
+            return dense_from_bytes(body, like), state
+        m, n = sides
+        [count], start = read_varints(body[:9].tolist(), 1)
+        most = min(m, n) if self.unbiased else min(m, n, self.rank)
+        if count > most:
+            raise PayloadError(f"{count} triplets in the payload, at most {most} expected")
+        precision = str(like.dtype).removeprefix("torch.")
+        dtype = _working_dtype(like)
+        end = start + values_size(count * m, precision, dtype)
+        left = decode_values(body[start:end], count * m, precision, dtype)
+        right = decode_values(body[end:], count * n, precision, dtype)
+        # A product may depend on the alignment of its factors: the sender's are aligned.
+        return LowRank(left.view(m, count).clone(), right.view(n, count).clone(), like), state
+
+    def _sides(self, like: Tensor) -> tuple[int, int] | None:
+        """Return the sides of the matrix, or None for a tensor that is sent as it is."""
+        if like.dim() < 2 or like.numel() == 0:
+            return None
+        m, n = like.shape[0], like.numel() // like.shape[0]
+        return (m, n) if self.rank * (m + n) < m * n else None
+
+    def _sampled(self, matrix: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        state = state or self.initial_state(0)
+        left, right = _decomposition(matrix)
+        sigma = (left.norm(dim=0) * right.norm(dim=0)).cpu()
+        probabilities = _probabilities(sigma, self.rank)
+        seed = hashlib.blake2b(struct.pack("<qQ", state["seed"], state["round"]), digest_size=7)
+        generator = torch.Generator().manual_seed(int.from_bytes(seed.digest(), "little"))
+        draw = torch.rand(sigma.numel(), generator=generator, dtype=torch.float64)
+        chosen = torch.nonzero(draw < probabilities).reshape(-1)
+        weight = (1 / probabilities[chosen]).to(matrix.device, matrix.dtype)
+        chosen = chosen.to(matrix.device)
+        state = {"seed": state["seed"], "round": state["round"] + 1}
+        return left[:, chosen], right[:, chosen] * weight, state
+
+
+def _working_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _decomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors (m x d, n x d) of orthogonal triplets, d = min(m, n), largest first."""
+    m, n = matrix.shape
+    if m > n:
+        right, left = _decomposition(matrix.T)
+        return left, right
+    precise = matrix.double()
+    left = torch.linalg.eigh(precise @ precise.T).eigenvectors.flip(1)
+    return left.to(matrix.dtype), (precise.T @ left).to(matrix.dtype)
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors (m x rank, n x rank) of the leading triplets."""
+    m, n = matrix.shape
+    if min(m, n) <= GRAM_LIMIT:
+        left, right = _decomposition(matrix)
+        return left[:, :rank].contiguous(), right[:, :rank].contiguous()
+    if m > n:
+        right, left = _leading(matrix.T, rank)
+        return left, right
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(m, min(m, rank + 8), generator=generator, dtype=matrix.dtype)
+    basis = torch.linalg.qr(start.to(matrix.device)).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    # Within the subspace the triplets are exact.
+    left, right = _decomposition(basis.T @ matrix)
+    return basis @ left[:, :rank], right[:, :rank].contiguous()
+
+
+def _probabilities(sigma: Tensor, budget: int) -> Tensor:
+    """Return the sampling probabilities of ATOMO's algorithm 1 (float64, on the CPU).
+
+    `sigma` descends; the largest values that would get more than probability 1 get 1, and the
+    rest share what is left of the budget in proportion to their magnitude.
+    """
+    sigma = sigma.double()
+    # tails[i] is the sum from i on.
+    tails = sigma.flip(0).cumsum(0).flip(0)
+    probabilities = torch.ones_like(sigma)
+    for i in range(min(budget, sigma.numel())):
+        if sigma[i] * (budget - i) <= tails[i]:
+            if tails[i] > 0:
+                probabilities[i:] = sigma[i:] * (budget - i) / tails[i]
+            break
+    else:
+        probabilities[budget:] = 0
+    return probabilities
+
+
+class LowRank(Decoded):
+    """`left` (m x r) times the transpose of `right` (n x r), in the shape of `like`."""
+
+    def __init__(self, left: Tensor, right: Tensor, like: Tensor) -> None:
+        self.left = left
+        self.right = right
+        self.shape, self.dtype = like.shape, like.dtype
+
+    def dense(self) -> Tensor:
+        product = self.left @ self.right.T
+        if self.dtype.itemsize < product.dtype.itemsize:
+            limit = torch.finfo(self.dtype).max
+            product = product.clamp_(-limit, limit)
+        return product.to(self.dtype).view(self.shape)

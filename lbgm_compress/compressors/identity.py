@@ -1,0 +1,43 @@
+"""No compression: the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lbgm_compress.compressor import Compressor, Encoding, State, dense_from_bytes
+from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import as_bytes
+
+__all__ = ["Identity"]
+
+
+@dataclass(frozen=True, repr=False)
+class Identity(Compressor):
+    """Sends every element as it is.
+
+    The body of a payload is the tensor's elements as they are in memory, row by row.
+
+    Examples
+    --------
+    >>> import torch
+    >>> payload, decoded, state = Identity().compress(torch.ones(10), {})
+    >>> payload.numel(), bool((decoded == 1).all())
+    (41, True)
+    """
+
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        head = bytes([Kind.BODY])
+        return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
+
+    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        # Inf and nan need no other treatment here, so that nobody has to look for them.
+        return [self.encode(grad, state) for grad, state in zip(grads, states, strict=True)]
+
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        return dense_from_bytes(body, like), state

@@ -1,0 +1,122 @@
+"""One bit an element: the sign."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lbgm_compress.compressor import Compressor, Encoding, PayloadError, State
+from lbgm_compress.decoded import Decoded
+from lbgm_compress.wire.bits import pack_fixed_on_device, unpack_fixed_on_device
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import as_bytes, from_bytes
+
+__all__ = ["SignSGD"]
+
+# Row v holds the eight signs of byte v, lowest bit first.
+SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+SIGNS_FLOAT = SIGNS.astype(np.float32) * 2 - 1
+
+
+@dataclass(frozen=True, repr=False)
+class SignSGD(Compressor):
+    """Sends the sign of every element; zero counts as +1.
+
+    The body of a payload is the scale, if there is one (float32; float64 for a float64 tensor),
+    and the signs, one bit an element, 1 for +1, lowest bit first.
+
+    Parameters
+    ----------
+    scaled
+        Send the mean magnitude |g|_1 / n too, and decode to plus or minus that (EF-SignSGD,
+        arXiv 1901.09847, algorithm 1). Otherwise the decoded values are +1 and -1.
+    vote
+        Replace the average of all workers by its sign: majority vote (arXiv 1810.05291,
+        algorithm 1). A tie gives 0.
+
+    Raises
+    ------
+    ValueError
+        If both are set: a vote would discard the scales.
+
+    Examples
+    --------
+    >>> import torch
+    >>> payload, decoded, state = SignSGD(scaled=True).compress(torch.tensor([3.0, -1.0, 0.0]), {})
+    >>> payload.numel(), decoded
+    (6, tensor([ 1.3333, -1.3333,  1.3333]))
+    """
+
+    scaled: bool = False
+    vote: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("scaled", "vote"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.scaled and self.vote:
+            raise ValueError("SignSGD(scaled=True, vote=True): a majority vote discards the scales")
+
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        flat = grad.reshape(-1)
+        positive = flat >= 0
+        if flat.device.type == "cpu":
+            bits = torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
+        else:
+            bits = pack_fixed_on_device(positive.long(), 1)
+        scale = self._mean_magnitude(flat) if self.scaled else None
+        body = bits if scale is None else torch.cat([as_bytes(scale), bits])
+        decoded = Signs(bits, scale, grad)
+        return Encoding(bytes([Kind.BODY]), lambda: body, decoded, state)
+
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        size = _scale_dtype(like).itemsize if self.scaled else 0
+        expected = size + -(-like.numel() // 8)
+        if body.numel() != expected:
+            raise PayloadError(
+                f"{body.numel()} bytes for {like.numel()} signs, expected {expected}"
+            )
+        scale = None
+        if self.scaled:
+            scale = from_bytes(body[:size], _scale_dtype(like))
+            value = scale.item()
+            if not 0 <= value < math.inf:
+                raise PayloadError(f"the scale of the signs is {value}, not a finite magnitude")
+        return Signs(body[size:], scale, like), state
+
+    def finish(self, mean: Tensor) -> Tensor:
+        return mean.sign() if self.vote else mean
+
+    def _mean_magnitude(self, flat: Tensor) -> Tensor:
+        # Divided before it is added up, the sum cannot overflow.
+        total = (flat.abs().to(_scale_dtype(flat)) / max(flat.numel(), 1)).sum().reshape(1)
+        return total.clamp(max=torch.finfo(flat.dtype).max)
+
+
+def _scale_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+class Signs(Decoded):
+    """Plus or minus `scale` (1 element, or None for 1), as `bits` (uint8) say."""
+
+    def __init__(self, bits: Tensor, scale: Tensor | None, like: Tensor) -> None:
+        self.bits = bits
+        self.scale = scale
+        self.shape, self.dtype, self.count = like.shape, like.dtype, like.numel()
+
+    def dense(self) -> Tensor:
+        if self.bits.device.type == "cpu":
+            signs = torch.from_numpy(np.take(SIGNS_FLOAT, self.bits.numpy(), axis=0))
+            signs = signs.view(-1)[: self.count]
+        else:
+            signs = unpack_fixed_on_device(self.bits, 1, self.count).float() * 2 - 1
+        if self.scale is not None:
+            signs = signs * self.scale
+        return signs.to(self.dtype).view(self.shape)

@@ -1,0 +1,135 @@
+"""The largest entries and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lbgm_compress.compressor import Compressor, Encoding, PayloadError, State
+from lbgm_compress.decoded import Decoded, Sparse
+from lbgm_compress.wire.bits import read_varints, varint
+from lbgm_compress.wire.indices import decode_indices, encode_indices
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import PRECISIONS, decode_values, encode_values, values_size
+
+__all__ = ["TopK"]
+
+
+@dataclass(frozen=True, repr=False)
+class TopK(Compressor):
+    """Sends the k = max(1, round(ratio * n)) entries of largest magnitude of n (arXiv 1704.05021).
+
+    Of equal magnitudes those with the lower index go first. Zeros are not sent: on the CPU a
+    tensor with fewer than k nonzero entries sends those.
+
+    The body of a payload is the number of entries (unsigned LEB128), their values in the order of
+    their indices (`lbgm_compress.wire.values`) and their indices (`lbgm_compress.wire.indices`).
+
+    Parameters
+    ----------
+    ratio
+        Share of the entries to send, above 0 and at most 1.
+    values
+        Precision of the values: "float32", "float16", "bfloat16", or "int8" in blocks of 256 with
+        a scale each. A tensor of narrower dtype keeps its own.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is outside its range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> payload, decoded, state = TopK(0.5).compress(torch.tensor([1.0, -3.0, 0.5, 2.0]), {})
+    >>> decoded
+    tensor([ 0., -3.,  0.,  2.])
+    """
+
+    ratio: float
+    values: str = "float32"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise ValueError(f"ratio must be a number, not {self.ratio!r}")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, not {self.ratio}")
+        if self.values not in PRECISIONS:
+            raise ValueError(f"values must be one of {', '.join(PRECISIONS)}, not {self.values!r}")
+
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        flat = grad.reshape(-1)
+        indices = _largest(flat, self._count(flat.numel()))
+        section, values = encode_values(flat[indices], self.values)
+
+        def body() -> Tensor:
+            count = torch.frombuffer(bytearray(varint(indices.numel())), dtype=torch.uint8)
+            return torch.cat(
+                [count.to(flat.device), section, encode_indices(indices, flat.numel())]
+            )
+
+        return Encoding(bytes([Kind.BODY]), body, Sparse(indices, values, grad.shape), state)
+
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        n = like.numel()
+        [count], start = read_varints(body[:9].tolist(), 1)
+        if count > self._count(n):
+            raise PayloadError(f"{count} entries in the payload, at most {self._count(n)} expected")
+        end = start + values_size(count, self.values, like.dtype)
+        values = decode_values(body[start:end], count, self.values, like.dtype)
+        indices = decode_indices(body[end:], count, n)
+        return Sparse(indices, values, like.shape), state
+
+    def _count(self, n: int) -> int:
+        return min(n, max(1, round(self.ratio * n)))
+
+
+def _largest(flat: Tensor, k: int) -> Tensor:
+    """Return the ascending indices (int64) of the `k` entries of largest magnitude."""
+    if flat.device.type != "cpu":
+        return torch.topk(flat.abs(), k, sorted=False).indices.sort().values
+    if flat.dtype.itemsize < 4:
+        flat = flat.float()
+    return torch.from_numpy(_largest_on_cpu(flat.detach().numpy(), k))
+
+
+def _largest_on_cpu(flat: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
+    magnitudes = np.abs(flat)
+    indices = _candidates(magnitudes, k)
+    if indices.size <= k:
+        return indices
+    magnitudes = magnitudes[indices]
+    smallest = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
+    chosen = magnitudes > smallest
+    ties = np.flatnonzero(magnitudes == smallest)[: k - np.count_nonzero(chosen)]
+    chosen[ties] = True
+    kept: npt.NDArray[np.int64] = indices[chosen]
+    return kept
+
+
+def _candidates(magnitudes: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
+    """Return ascending indices among which the k largest nonzero magnitudes are.
+
+    A sample tells a threshold that slightly more than k magnitudes should reach. If fewer than k
+    do, every nonzero entry is a candidate.
+    """
+    n = magnitudes.size
+    step = n // 16384
+    if step > 1 and k < n // 2:
+        # An odd step does not fall into the rhythm of rows and channels.
+        sample = magnitudes[:: step | 1]
+        expected = k / n * sample.size
+        rank = min(sample.size, math.ceil(expected + 4 * math.sqrt(expected) + 2))
+        threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
+        if threshold > 0:
+            indices = np.flatnonzero(magnitudes >= threshold)
+            if indices.size >= k:
+                return indices
+    return np.flatnonzero(magnitudes)

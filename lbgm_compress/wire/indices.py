@@ -1,0 +1,176 @@
+"""The positions of the entries that a sparse tensor of n elements keeps.
+
+Positions ascend and are coded as gaps, d[0] = position[0] and
+d[i] = position[i] - position[i - 1] - 1. The number of positions is known from elsewhere.
+A section of indices is::
+
+    offset  size  meaning
+    0       1     method: 0 Golomb-Rice, 1 fixed width
+    1       ...   the indices in that method
+
+If there are no positions, or as many as elements, the section is empty.
+
+Method 0, Golomb-Rice (Rice, 1979), whose parameter b adapts to each block of 256 gaps (the last
+block may be shorter). A gap d is its low b bits (remainder) and d >> b (quotient)::
+
+    1       B     the parameter b of each of the B = ceil(count / 256) blocks, 0 to 62
+    1 + B   ...   remainders: for each b that occurs, ascending, those of all blocks with that b,
+                  b bits each, lowest bit first, the last byte padded with zeros
+    ...     ...   quotients in unary: q zeros and a one for each gap, lowest bit first, the last
+                  byte padded with zeros
+
+On random positions this is 1 to 2 % above log2 C(n, count) bits; positions that cluster, as those
+of real gradients do, take less than that.
+
+Method 1, for a device on which bit-serial coding does not pay::
+
+    1       ...   each position in (n - 1).bit_length() bits, lowest bit first, the last byte
+                  padded with zeros
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lbgm_compress.wire.bits import (
+    Bytes,
+    pack_fixed,
+    pack_fixed_on_device,
+    unpack_fixed,
+    unpack_fixed_on_device,
+)
+from lbgm_compress.wire.errors import PayloadError
+
+__all__ = ["decode_indices", "encode_indices"]
+
+RICE, FIXED = 0, 1
+BLOCK = 256
+Numbers = npt.NDArray[np.int64]
+
+
+def encode_indices(indices: Tensor, n: int) -> Tensor:
+    """Code `indices` (int64, ascending, distinct, below `n`) as a section of bytes (uint8).
+
+    On the CPU the method is Golomb-Rice; on another device fixed width, without synchronisation.
+    """
+    count = indices.numel()
+    if count in (0, n):
+        return indices.new_empty(0, dtype=torch.uint8)
+    if indices.device.type != "cpu":
+        method = torch.full((1,), FIXED, dtype=torch.uint8, device=indices.device)
+        return torch.cat([method, pack_fixed_on_device(indices, (n - 1).bit_length())])
+    return torch.from_numpy(_encode_rice(indices.numpy()))
+
+
+def decode_indices(section: Tensor, count: int, n: int) -> Tensor:
+    """Return the `count` positions (int64, ascending, distinct, below `n`) of `section` (uint8).
+
+    Raises
+    ------
+    PayloadError
+        If the bytes are not such a section.
+    """
+    if count in (0, n):
+        if section.numel():
+            raise PayloadError(f"{section.numel()} bytes of indices where none are expected")
+        return torch.arange(count, device=section.device)
+    if not section.numel():
+        raise PayloadError(f"the payload has no indices for its {count} values")
+    method = int(section[0])
+    if method == RICE:
+        positions = _decode_rice(section[1:].cpu().numpy(), count, n)
+        return torch.from_numpy(positions).to(section.device)
+    if method == FIXED:
+        return _decode_fixed(section[1:], count, n)
+    raise PayloadError(f"unknown coding of indices {method}, expected {RICE} or {FIXED}")
+
+
+def _blocks(count: int) -> int:
+    return -(-count // BLOCK)
+
+
+def _encode_rice(positions: Numbers) -> Bytes:
+    gaps = np.diff(positions, prepend=-1) - 1
+    count = gaps.size
+    blocks = _blocks(count)
+    table = np.zeros((blocks, BLOCK), np.int64)
+    table.reshape(-1)[:count] = gaps
+    lengths = np.full(blocks, BLOCK)
+    lengths[-1] = count - BLOCK * (blocks - 1)
+
+    # The best b of a geometric distribution is near log2(ln 2 * mean); its neighbours are tried.
+    mean = table.sum(1) / lengths
+    guess = np.log2(np.maximum(mean * np.log(2), 1)).astype(np.int64)
+    candidates = np.maximum(guess[:, None] + np.arange(-1, 2), 0)
+    costs = np.stack(
+        [lengths * b + (table >> b[:, None]).sum(1) for b in candidates.T],
+        axis=1,
+    )
+    parameters = np.take_along_axis(candidates, costs.argmin(1)[:, None], 1)[:, 0]
+
+    quotients = (table >> parameters[:, None]).reshape(-1)[:count]
+    ends = np.cumsum(quotients + 1) - 1
+    unary = np.zeros(int(ends[-1]) + 1, np.uint8)
+    unary[ends] = 1
+    parts = [np.zeros(1, np.uint8), parameters.astype(np.uint8)]
+    by_gap = np.repeat(parameters, lengths) if blocks > 1 else None
+    for b in np.unique(parameters):
+        chosen = gaps if by_gap is None else gaps[by_gap == b]
+        parts.append(pack_fixed(chosen & ((1 << int(b)) - 1), int(b)))
+    parts.append(np.packbits(unary, bitorder="little"))
+    return np.concatenate(parts)
+
+
+def _decode_rice(data: Bytes, count: int, n: int) -> Numbers:
+    blocks = _blocks(count)
+    parameters = data[:blocks]
+    if parameters.size < blocks or parameters.max() > 62:
+        raise PayloadError("the Rice parameters of the indices are cut off or above 62")
+    lengths = np.full(blocks, BLOCK)
+    lengths[-1] = count - BLOCK * (blocks - 1)
+    position = blocks
+    gaps = np.empty(count, np.int64)
+    by_gap = np.repeat(parameters, lengths)
+    for b in map(int, np.unique(parameters)):
+        numbers = int(lengths[parameters == b].sum())
+        size = -(-numbers * b // 8)
+        if position + size > data.size:
+            raise PayloadError("the remainders of the indices are cut off")
+        gaps[by_gap == b] = unpack_fixed(data[position : position + size], b, numbers)
+        position += size
+    unary = data[position:]
+    # The quotients add up to less than n, so that a longer section cannot be valid.
+    if unary.size > (count + n + 7) // 8:
+        raise PayloadError(f"{unary.size} bytes of unary quotients are too many for {n} elements")
+    ends = np.flatnonzero(np.unpackbits(unary, bitorder="little"))
+    if ends.size != count or (int(ends[-1]) + 8) // 8 != unary.size:
+        raise PayloadError(f"the indices hold {ends.size} quotients, expected {count}")
+    quotients = np.diff(ends, prepend=-1) - 1
+    # Python's integers bound the largest gap before a shift could overflow 64 bits.
+    if (int(quotients.max()) << int(parameters.max())) >= 1 << 62:
+        raise PayloadError(f"the indices point past the tensor's {n} elements")
+    gaps += quotients << by_gap
+    if int(gaps.max()) >= n:
+        raise PayloadError(f"the indices point past the tensor's {n} elements")
+    positions = np.cumsum(gaps + 1) - 1
+    if int(positions[-1]) >= n:
+        raise PayloadError(f"the indices point past the tensor's {n} elements")
+    return positions
+
+
+def _decode_fixed(data: Tensor, count: int, n: int) -> Tensor:
+    width = (n - 1).bit_length()
+    if data.numel() != -(-count * width // 8):
+        raise PayloadError(
+            f"{data.numel()} bytes of fixed-width indices, expected {-(-count * width // 8)}"
+        )
+    if data.device.type == "cpu":
+        positions = torch.from_numpy(unpack_fixed(data.numpy(), width, count))
+    else:
+        positions = unpack_fixed_on_device(data, width, count)
+    if not bool(((positions[1:] > positions[:-1]).all() & (positions[-1] < n)).item()):
+        raise PayloadError(f"the indices do not ascend below the tensor's {n} elements")
+    return positions
