@@ -212,8 +212,7 @@ class LowRank(Decoded):
         self.shape, self.dtype = like.shape, like.dtype
 
     def dense(self) -> Tensor:
-        product = self.left @ self.right.T
-        if self.dtype.itemsize < product.dtype.itemsize:
-            limit = torch.finfo(self.dtype).max
-            product = product.clamp_(-limit, limit)
+        # An element may be larger than any of the tensor that was compressed.
+        limit = torch.finfo(self.dtype).max
+        product = (self.left @ self.right.T).clamp_(-limit, limit)
         return product.to(self.dtype).view(self.shape)

@@ -35,12 +35,14 @@ PRECISIONS = {
 }
 BLOCK = 256
 # Magnitudes of a scaled section lie below 2**TOP.
-TOP = {torch.float32: 100, torch.bfloat16: 100, torch.float16: 15, torch.int8: 0}
+TOP = {torch.float32: 100, torch.bfloat16: 100, torch.float16: 15, torch.int8: 20}
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """Return the elements of a contiguous tensor as a flat uint8 tensor that shares its memory."""
-    return tensor.reshape(-1).view(torch.uint8)
+    # An empty tensor may have strides that do not allow a view.
+    flat = tensor.reshape(-1) if tensor.numel() else tensor.new_empty(0)
+    return flat.view(torch.uint8)
 
 
 def from_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,7 +83,7 @@ def encode_values(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     if scaled:
         largest = values.abs().max().double() if values.numel() else values.new_zeros(()).double()
         exponent = torch.frexp(largest).exponent.to(torch.int64) - TOP[wire]
-        exponent = exponent.clamp(-1000, 1000)
+        exponent = exponent.clamp(-1000, 1020)
         values = values.double() * torch.exp2(-exponent.double())
         parts.append(as_bytes(exponent.to(torch.int16)))
     if wire == torch.int8:
@@ -130,10 +132,11 @@ def _decode(
         values = values * scales.double().repeat_interleave(BLOCK)[:count]
     else:
         values = from_bytes(section, wire)
+    finite = values.isfinite()
     if exponent is not None:
         values = values.double() * torch.exp2(exponent.double())
     # Rounding up at the edge of a dtype's range must not turn a finite value into inf.
-    if dtype.itemsize < values.dtype.itemsize:
+    if exponent is not None or dtype.itemsize < values.dtype.itemsize:
         limit = torch.finfo(dtype).max
-        values = torch.where(values.isfinite(), values.clamp(-limit, limit), values)
+        values = torch.where(finite, values.clamp(-limit, limit), values)
     return values.to(dtype)

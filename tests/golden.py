@@ -1,0 +1,73 @@
+"""Messages of wire version 1, recorded in golden.json.
+
+``python -m tests.golden`` writes the file anew. Do that only for compressors that are added: a
+message that was recorded once must decode for good.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbgm_compress import Receiver, Sender, endpoints
+from lbgm_compress.expression import parse_compressor
+
+COMPRESSORS = [
+    "Identity()",
+    "TopK(0.3)",
+    "TopK(0.3, values='int8')",
+    "TopK(0.3, values='float16')",
+    "SignSGD()",
+    "SignSGD(scaled=True)",
+    "Atomo(1)",
+    "LBGM()",
+    "LBGM(TopK(0.3, values='bfloat16'))",
+    "LBGM(SignSGD())",
+    "LBGM(Atomo(1))",
+    "ErrorFeedback(LBGM(TopK(0.3)))",
+]
+
+
+def gradients(round_: int) -> dict[str, Tensor]:
+    """Return gradients made of exact numbers, the same on every machine."""
+    matrix = torch.tensor([[(7 * i + 3 * j * j) % 17 - 8 for j in range(9)] for i in range(6)])
+    vector = torch.tensor([(5 * i * i) % 13 - 6 for i in range(20)])
+    grads = {
+        "matrix": matrix / 8 * (1 - round_ / 4) + round_ / 64,
+        "half": (vector / 4 + round_ / 8).half(),
+        "double": vector.double() / 3 if round_ < 2 else vector.double().flip(0) / 3,
+        "scalar": torch.tensor(0.5 - round_ / 4),
+        "empty": torch.zeros(0),
+    }
+    if round_ == 3:
+        grads["matrix"][1, 2] = float("inf")
+    return grads
+
+
+def record(text: str, setattr_: Callable[..., Any] = setattr) -> dict[str, Any]:
+    """Return five rounds' messages and what they decode to, with fixed identifiers."""
+    compressor = parse_compressor(text)
+    sender, receiver = Sender(compressor), Receiver(compressor, gradients(0))
+    identifiers = iter(range(0x1122334455667788, 0x1122334455667799))
+    setattr_(endpoints.secrets, "randbits", lambda bits: next(identifiers))
+    rounds = []
+    for round_ in range(5):
+        message = sender.compress(gradients(round_))
+        decoded = receiver.decompress("golden", message)
+        rounds.append(
+            {
+                "message": bytes(message.tolist()).hex(),
+                "decoded": {name: t.reshape(-1).tolist() for name, t in decoded.items()},
+            }
+        )
+    return {"compressor": text, "rounds": rounds}
+
+
+if __name__ == "__main__":
+    path = Path(__file__).parent / "golden.json"
+    path.write_text(json.dumps([record(text) for text in COMPRESSORS], indent=1) + "\n")

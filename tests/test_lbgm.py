@@ -1,0 +1,173 @@
+"""LBGM against the paper, and where the paper says nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, OutOfSyncError, SignSGD, TopK
+from tests.gradients import training_run
+
+
+class PaperAlgorithm1:
+    """Algorithm 1 of arXiv 2202.00280 for one worker and tensor, in float64, line by line."""
+
+    def __init__(self, delta):
+        self.delta = delta
+        self.worker = self.server = None
+
+    def round(self, g):
+        g = np.asarray(g, dtype=np.float64).reshape(-1)
+        if self.worker is not None:
+            cosine = g @ self.worker / (np.linalg.norm(g) * np.linalg.norm(self.worker))
+            if 1 - cosine**2 <= self.delta:
+                rho = g @ self.worker / np.linalg.norm(self.worker) ** 2
+                return True, rho * self.server
+        self.worker = self.server = g
+        return False, g
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "inner", [Identity(), TopK(0.1), SignSGD(), SignSGD(scaled=True), Atomo(2)], ids=repr
+)
+@pytest.mark.parametrize("batch", [None, 32])
+def test_decisions_and_reconstruction_are_those_of_the_paper(delta, inner, batch):
+    compressor = LBGM(inner, delta)
+    recycled_rounds = 0
+    run = training_run(100, batch)
+    for name in run[0]:
+        paper, state, held = PaperAlgorithm1(delta), {}, {}
+        for grads in run:
+            compressed = inner.compress(grads[name], {})[1]
+            recycled, expected = paper.round(compressed)
+            payload, decoded, state = compressor.compress(grads[name], state)
+            tensor, held = compressor.decompress(payload, held, decoded)
+            assert (payload.numel() == 5) == recycled
+            found = tensor.double().numpy().reshape(-1)
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+            recycled_rounds += recycled
+    if batch is None:
+        assert recycled_rounds > 0
+
+
+def test_the_figures_depend_on_delta():
+    sizes = []
+    for delta in (0.0, 0.05, 0.2, 0.8):
+        state, total = {}, 0
+        for grads in training_run(100):
+            payload, _, state = LBGM(delta=delta).compress(grads["hidden.weight"], state)
+            total += payload.numel()
+        sizes.append(total)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 2 * sizes[-1]
+
+
+def test_recycled_round_sends_one_scalar():
+    compressor = LBGM()
+    grad = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    payload, _, state = compressor.compress(grad, {})
+    assert payload.numel() == 5 + 4000
+    payload, decoded, _ = compressor.compress(-0.5 * grad, state)
+    assert payload.numel() == 5
+    assert torch.allclose(decoded, -0.5 * grad)
+
+
+def test_decision_near_the_threshold_is_that_of_exact_arithmetic():
+    generator = torch.Generator().manual_seed(0)
+    look_back = torch.randn(200_000, generator=generator)
+    other = torch.randn(200_000, generator=generator)
+    for _ in range(50):
+        grad = look_back + float(torch.rand((), generator=generator)) * other
+        exact_g, exact_l = grad.double(), look_back.double()
+        error = 1 - (exact_g @ exact_l) ** 2 / ((exact_g @ exact_g) * (exact_l @ exact_l))
+        for nudge in (-1e-9, 1e-9):
+            compressor = LBGM(delta=float(error) + nudge)
+            state = compressor.compress(look_back, {})[2]
+            payload = compressor.compress(grad, state)[0]
+            assert (payload.numel() == 5) == (nudge > 0)
+
+
+def test_delta_zero_recycles_exact_multiples_alone():
+    compressor = LBGM(delta=0)
+    grad = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    state = compressor.compress(grad, {})[2]
+    assert compressor.compress(4 * grad, state)[0].numel() == 5
+    almost = grad.clone()
+    almost[7] *= 1.001
+    assert compressor.compress(almost, state)[0].numel() > 5
+
+
+def test_zero_gradients_are_defined():
+    compressor, zero, grad = LBGM(), torch.zeros(10), torch.arange(10.0)
+    payload, decoded, state = compressor.compress(zero, {})
+    assert payload.numel() == 45
+    payload, decoded, state = compressor.compress(zero, state)
+    assert payload.numel() == 5
+    assert torch.equal(decoded, zero)
+    payload, decoded, state = compressor.compress(grad, state)
+    assert payload.numel() == 45
+    payload, decoded, state = compressor.compress(zero, state)
+    assert payload.numel() == 5
+    assert torch.equal(decoded, zero)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-18, 1e18, 1e30, 1e38])
+def test_very_small_and_very_large_gradients_are_recycled_alike(scale):
+    compressor = LBGM(delta=0.1)
+    grad = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * scale
+    state = compressor.compress(grad, {})[2]
+    payload, decoded, _ = compressor.compress(grad * 0.5, state)
+    assert payload.numel() == 5
+    assert torch.allclose(decoded / scale, grad * 0.5 / scale, rtol=1e-5)
+
+
+def test_float16_multiple_that_would_overflow_is_sent_in_full():
+    compressor = LBGM(delta=1.0)
+    look_back = torch.zeros(100, dtype=torch.float16)
+    look_back[0] = 60000.0
+    look_back[1] = 1.0
+    state = compressor.compress(look_back, {})[2]
+    grad = torch.full((100,), 100.0, dtype=torch.float16)
+    grad[0] = 60000.0
+    _, decoded, _ = compressor.compress(grad, state)
+    assert bool(decoded.isfinite().all())
+
+
+def test_residual_of_inner_error_feedback_goes_on_in_recycled_rounds():
+    compressor = LBGM(ErrorFeedback(TopK(0.5)), delta=1.0)
+    grad = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    _, _, state = compressor.compress(grad, {})
+    assert state["inner"]["residual"].tolist() == [0, 0, 2, 1]
+    payload, _, state = compressor.compress(grad, state)
+    assert payload.numel() == 5
+    assert state["inner"]["residual"].tolist() == [0, 3, 0, 2]
+
+
+def test_error_feedback_outside_keeps_what_recycling_lost():
+    compressor = ErrorFeedback(LBGM(delta=0.9))
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    _, _, state = compressor.compress(first, {})
+    _, decoded, state = compressor.compress(second, state)
+    assert decoded.tolist() == [1, 0]
+    assert state["residual"].tolist() == [0, 1]
+
+
+def test_recycling_without_a_look_back_gradient_raises():
+    compressor, grad = LBGM(), torch.ones(4)
+    state = compressor.compress(grad, {})[2]
+    payload = compressor.compress(grad, state)[0]
+    with pytest.raises(OutOfSyncError, match="none is held"):
+        compressor.decompress(payload, {}, grad)
+
+
+@pytest.mark.parametrize("delta", [-0.1, 1.5, float("nan"), "0.2", None, True])
+def test_delta_outside_its_range_is_refused(delta):
+    with pytest.raises(ValueError, match="delta must be"):
+        LBGM(delta=delta)
+
+
+def test_lbgm_wraps_compressors_alone():
+    with pytest.raises(ValueError, match="wraps a compressor"):
+        LBGM(0.2)
