@@ -95,7 +95,9 @@ class Compressor(abc.ABC):
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            arguments.append(repr(value) if position == 0 else f"{field.name}={value!r}")
+            plain = field.default is dataclasses.MISSING or isinstance(value, Compressor)
+            bare = position == 0 and plain
+            arguments.append(repr(value) if bare else f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(arguments)})"
 
     def compress(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
