@@ -117,7 +117,7 @@ def _encode_rice(positions: Numbers) -> Bytes:
     unary[ends] = 1
     parts = [np.zeros(1, np.uint8), parameters.astype(np.uint8)]
     by_gap = np.repeat(parameters, lengths) if blocks > 1 else None
-    for b in np.unique(parameters):
+    for b in np.flatnonzero(np.bincount(parameters)):
         chosen = gaps if by_gap is None else gaps[by_gap == b]
         parts.append(pack_fixed(chosen & ((1 << int(b)) - 1), int(b)))
     parts.append(np.packbits(unary, bitorder="little"))
@@ -134,7 +134,7 @@ def _decode_rice(data: Bytes, count: int, n: int) -> Numbers:
     position = blocks
     gaps = np.empty(count, np.int64)
     by_gap = np.repeat(parameters, lengths)
-    for b in map(int, np.unique(parameters)):
+    for b in map(int, np.flatnonzero(np.bincount(parameters))):
         numbers = int(lengths[parameters == b].sum())
         size = -(-numbers * b // 8)
         if position + size > data.size:
