@@ -1,0 +1,423 @@
+"""Compare uplink bytes and accuracy of gradient compressors, on real data, with real messages.
+
+Every method trains the same model from the same start, with the same workers, data order and
+sampling of workers; what a round costs is what the workers' messages weigh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from datasets import DATASETS, DatasetMissing, load
+from federated import Training, run
+from models import MODELS, parameters
+from partition import check_scheme, partition
+from report import MethodResult, human_bytes, summarise, write_files, write_rounds
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import lbgm_compress
+from lbgm_compress import LBGM, Atomo, Compressor, ErrorFeedback, Identity, Sender, SignSGD, TopK
+from lbgm_compress.expression import parse_compressors
+
+# Options that only shape the default methods, with their defaults.
+METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def batch_size(text: str) -> int | None:
+    """Read ``full`` (None) or a whole number of at least 1."""
+    return None if text == "full" else positive(text)
+
+
+def number_in(low: float, high: float, *, open_low: bool = False) -> Any:
+    """Return a reader of numbers from `low` (or above it) to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high or (open_low and number == low) or math.isinf(number):
+            bounds = f"above {low:g}" if open_low else f"from {low:g}"
+            bounds += f" to {high:g}" if math.isfinite(high) else " and finite"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
+        return number
+
+    return read
+
+
+def build_parser() -> Parser:
+    """Build the command line."""
+    parser = Parser(prog="compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="images (default: digits)")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of Fashion-MNIST's IDX files, plain or .gz (default: where Debian's package "
+        "dataset-fashion-mnist puts them)",
+    )
+    add("--model", choices=MODELS, default="fcn", help="network (default: fcn, 128 hidden units)")
+    add("--workers", type=positive, default=20, metavar="K", help="number of workers (default: 20)")
+    add("--rounds", type=positive, default=200, metavar="N", help="rounds (default: 200)")
+    add(
+        "--partition",
+        default="iid",
+        metavar="SCHEME",
+        help="iid, classes:N (N classes a worker) or dirichlet:ALPHA (default: iid)",
+    )
+    add(
+        "--local-steps",
+        type=positive,
+        default=1,
+        metavar="TAU",
+        help="steps of SGD a worker takes in a round (default: 1)",
+    )
+    add(
+        "--batch-size",
+        type=batch_size,
+        default="full",
+        metavar="B",
+        help="images in a step, or full for all of a worker's (default: full)",
+    )
+    add(
+        "--participation",
+        type=number_in(0, 1, open_low=True),
+        default=1.0,
+        metavar="SHARE",
+        help="share of the workers sampled in a round, above 0 to 1 (default: 1)",
+    )
+    add(
+        "--lr",
+        type=number_in(0, math.inf, open_low=True),
+        default=0.05,
+        help="learning rate of workers and server (default: 0.05)",
+    )
+    add(
+        "--server-momentum",
+        type=number_in(0, 1),
+        default=0.9,
+        metavar="MU",
+        help="momentum of the server's average, 0 to 1 (default: 0.9)",
+    )
+    shaping = parser.add_argument_group("the default methods")
+    shaping.add_argument(
+        "--delta",
+        type=float,
+        help="threshold of LBGM's look-back phase error sin^2, 0 to 1 "
+        f"(default: {METHOD_OPTIONS['delta']})",
+    )
+    shaping.add_argument(
+        "--ratio",
+        type=float,
+        help=f"share of the entries that TopK keeps (default: {METHOD_OPTIONS['ratio']})",
+    )
+    shaping.add_argument(
+        "--rank",
+        type=int,
+        help=f"singular triplets that Atomo keeps (default: {METHOD_OPTIONS['rank']})",
+    )
+    shaping.add_argument(
+        "--values",
+        help="precision of TopK's values: float32, float16, bfloat16 or int8 "
+        f"(default: {METHOD_OPTIONS['values']})",
+    )
+    shaping.add_argument(
+        "--error-feedback",
+        action="store_true",
+        help="carry over what compression loses: ErrorFeedback(C) in the place of TopK, Atomo and "
+        "SignSGD, and ErrorFeedback(LBGM(C)) in the place of LBGM(C) (default: off)",
+    )
+    add(
+        "--methods",
+        metavar="LIST",
+        help="compressors to compare, comma-separated, as in Python, for example 'TopK(0.01), "
+        "LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)' (default: Identity, TopK, Atomo and "
+        "SignSGD(scaled=True), alone and under LBGM; signs are scaled because plain ones would "
+        "need a learning rate of their own)",
+    )
+    add(
+        "--target-accuracy",
+        type=number_in(0, 1),
+        metavar="SHARE",
+        help="test accuracy, 0 to 1, to count bytes until (default: that of Identity() at the end, "
+        "minus 0.005)",
+    )
+    add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    add("--device", default="cpu", help="cpu or cuda, where training runs (default: cpu)")
+    add(
+        "--out",
+        default="compare-results",
+        metavar="DIR",
+        help="folder for the results (default: compare-results)",
+    )
+    return parser
+
+
+def default_methods(options: argparse.Namespace) -> list[Compressor]:
+    """Return {Identity, TopK, Atomo, SignSGD} x {alone, under LBGM}.
+
+    Raises
+    ------
+    ValueError
+        If an option is outside its compressor's range.
+    """
+    given = {name: getattr(options, name) for name in METHOD_OPTIONS}
+    chosen = {name: METHOD_OPTIONS[name] if v is None else v for name, v in given.items()}
+    sparsifiers: list[Compressor] = [
+        Identity(),
+        TopK(chosen["ratio"], chosen["values"]),
+        Atomo(chosen["rank"]),
+        SignSGD(scaled=True),
+    ]
+    methods: list[Compressor] = []
+    for sparsifier in sparsifiers:
+        pair: list[Compressor] = [sparsifier, LBGM(sparsifier, chosen["delta"])]
+        if options.error_feedback:
+            pair = [c if c == Identity() else ErrorFeedback(c) for c in pair]
+        methods += pair
+    return methods
+
+
+def methods_of(options: argparse.Namespace) -> list[Compressor]:
+    """Return the compressors to compare.
+
+    Raises
+    ------
+    ValueError
+        If the options do not describe compressors, or contradict each other.
+    """
+    if options.methods is None:
+        return default_methods(options)
+    shaping = [name for name in METHOD_OPTIONS if getattr(options, name) is not None]
+    shaping += ["error-feedback"] if options.error_feedback else []
+    if shaping:
+        raise ValueError(
+            f"--{shaping[0]} shapes the default methods: with --methods, write it into the list"
+        )
+    methods = parse_compressors(options.methods)
+    for i, method in enumerate(methods):
+        if method in methods[:i]:
+            raise ValueError(f"--methods names {method!r} twice")
+    return methods
+
+
+def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Path]:
+    """Check everything that can be wrong before training starts.
+
+    Raises
+    ------
+    ValueError
+        Whose message is one line.
+    """
+    methods = methods_of(options)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"--device {options.device!r} is neither cpu nor cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {options.device!r} is neither cpu nor cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: there is no CUDA device, use --device cpu")
+    if not 0 <= options.seed < 2**31:
+        raise ValueError(f"--seed {options.seed} is not from 0 to 2147483647")
+    if options.data_dir is not None and options.dataset != "fashion-mnist":
+        raise ValueError(f"--data-dir is for fashion-mnist, and --dataset is {options.dataset}")
+    if options.data_dir is not None and not Path(options.data_dir).is_dir():
+        raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
+    # All data sets here have ten classes, so that this need not wait for them.
+    check_scheme(options.partition, classes=10)
+    folder = Path(options.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot write there: {error.strerror}") from None
+    try:
+        dataset = load(options.dataset, options.data_dir, options.seed)
+    except DatasetMissing as error:
+        raise ValueError(str(error)) from None
+    parts = partition(dataset.train_labels, options.workers, options.partition, options.seed)
+    training = Training(
+        dataset=dataset,
+        parts=parts,
+        model=options.model,
+        rounds=options.rounds,
+        local_steps=options.local_steps,
+        batch_size=options.batch_size,
+        participation=options.participation,
+        lr=options.lr,
+        server_momentum=options.server_momentum,
+        seed=options.seed,
+        device=device,
+    )
+    return methods, training, folder
+
+
+def dense_bytes_a_round(training: Training) -> int:
+    """Return what all sampled workers' messages weigh without compression."""
+    weights = parameters(training.initial_model())
+    return Sender(Identity()).compress(weights).numel() * training.sampled()
+
+
+def train(
+    methods: Iterable[Compressor], training: Training, folder: Path, console: Console
+) -> tuple[list[MethodResult], bool]:
+    """Run all methods and return their rounds, and whether Ctrl-C cut them short."""
+    results = [MethodResult(method, training.rounds) for method in methods]
+    progress = Progress(
+        TextColumn("{task.fields[which]}"),
+        BarColumn(bar_width=24),
+        TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+        TextColumn("uplink {task.fields[uplink]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    fields = {"which": "", "round": 0, "rounds": training.rounds, "accuracy": "-", "uplink": "-"}
+    try:
+        with progress:
+            task = progress.add_task("", total=len(results) * training.rounds, **fields)
+            for number, result in enumerate(results, start=1):
+                which = f"{number}/{len(results)} {result.name}"
+                uplink = 0
+                for round_ in run(training, result.compressor):
+                    result.rounds.append(round_)
+                    uplink += round_.uplink_bytes
+                    progress.update(
+                        task,
+                        advance=1,
+                        which=which,
+                        round=round_.number,
+                        accuracy=f"{round_.accuracy:.2%}",
+                        uplink=human_bytes(uplink),
+                    )
+                write_rounds(folder, results)
+                if not console.is_terminal:
+                    last = result.rounds[-1]
+                    console.print(f"{which}: accuracy {last.accuracy:.2%}, {human_bytes(uplink)}")
+    except KeyboardInterrupt:
+        return results, True
+    return results, False
+
+
+def table_of(rows: list[dict[str, Any]], target: float | None) -> Table:
+    """Lay out the summary."""
+    table = Table(title="Uplink bytes against accuracy")
+    table.add_column("method", no_wrap=True)
+    until = "bytes to target" if target is None else f"bytes to {target:.1%}"
+    for head in ("final acc.", "best", "uplink", "of dense", "recycled", until):
+        table.add_column(head, justify="right")
+    for row in rows:
+        reached = row["bytes_to_target"]
+        table.add_row(
+            row["method"] + ("" if row["finished"] else f" (round {row['rounds']})"),
+            f"{row['final_accuracy']:.2%}",
+            f"{row['best_accuracy']:.2%}",
+            human_bytes(row["uplink_bytes"]),
+            f"{row['ratio_to_dense']:.2%}",
+            f"{row['recycled_share']:.0%}",
+            "-" if reached is None else human_bytes(reached),
+        )
+    return table
+
+
+def target_of(options: argparse.Namespace, results: list[MethodResult]) -> float | None:
+    """Return the accuracy to count bytes until."""
+    if options.target_accuracy is not None:
+        return float(options.target_accuracy)
+    for result in results:
+        if result.compressor == Identity() and result.finished:
+            return result.rounds[-1].accuracy - 0.005
+    return None
+
+
+def about(
+    options: argparse.Namespace, target: float | None, interrupted: bool, arguments: list[str]
+) -> dict[str, Any]:
+    """Return what was run, with what."""
+    batch = "all" if options.batch_size is None else options.batch_size
+    steps = f"{options.local_steps} local step" + ("s" if options.local_steps > 1 else "")
+    sampled = "" if options.participation == 1 else f", {options.participation:.0%} a round"
+    return {
+        "title": f"{options.dataset}, {options.model}, {options.workers} workers{sampled}, "
+        f"{options.partition}, {steps} of {batch} images, learning rate {options.lr:g}, "
+        f"server momentum {options.server_momentum:g}, seed {options.seed}",
+        "command": shlex.join(["python", "benchmarks/compare.py", *arguments]),
+        "arguments": {
+            name.replace("_", "-"): "full" if name == "batch_size" and value is None else value
+            for name, value in vars(options).items()
+        },
+        "seed": options.seed,
+        "interrupted": interrupted,
+        "target_accuracy": target,
+        "versions": {
+            "lbgm_compress": lbgm_compress.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        methods, training, folder = prepare(options)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    results, interrupted = train(methods, training, folder, console)
+    target = target_of(options, results)
+    rows = summarise(results, dense_bytes_a_round(training), target)
+    write_files(folder, results, rows, about(options, target, interrupted, arguments))
+    console.print(table_of(rows, target))
+    console.print(f"Results are in {folder}: open {folder / 'report.html'}", soft_wrap=True)
+    if interrupted:
+        console.print("Interrupted: the files hold what had finished by then.")
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

