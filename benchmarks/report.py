@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ FILES = (
     "accuracy_vs_uplink.png",
     "uplink_per_round.png",
     "report.html",
+)
+COLUMNS = (
+    "method",
+    "round",
+    "accuracy",
+    "loss",
+    "uplink_bytes",
+    "uplink_bytes_total",
+    "recycled_share",
+    "seconds",
 )
 
 
@@ -104,18 +114,13 @@ def write_rounds(folder: Path, results: Sequence[MethodResult]) -> None:
     """Write rounds.csv."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["method", "round", "accuracy", "loss", "uplink_bytes", "uplink_bytes_total"]
-        + ["recycled_share", "seconds"]
-    )
+    writer.writerow(COLUMNS)
     for result in results:
         for round_, total in zip(result.rounds, result.uplink_totals(), strict=True):
-            values = asdict(round_)
-            writer.writerow(
-                [result.name, round_.number, f"{round_.accuracy:.6f}", f"{round_.loss:.6f}"]
-                + [round_.uplink_bytes, total, f"{values['recycled_share']:.6f}"]
-                + [f"{round_.seconds:.4f}"]
-            )
+            accuracy, loss = f"{round_.accuracy:.6f}", f"{round_.loss:.6f}"
+            recycled, seconds = f"{round_.recycled_share:.6f}", f"{round_.seconds:.4f}"
+            sizes = (round_.uplink_bytes, total)
+            writer.writerow((result.name, round_.number, accuracy, loss, *sizes, recycled, seconds))
     _write(folder / "rounds.csv", text.getvalue().encode())
 
 
