@@ -45,8 +45,9 @@ def partition(labels: Tensor, workers: int, scheme: str, seed: int) -> list[Tens
     """Deal the images with these `labels` (N; int64) to `workers`.
 
     Returns the indices (int64, ascending) of each worker's images. ``iid`` deals at random, in
-    parts as equal as possible. ``classes:N`` gives every worker images of N classes (of at most N
-    where it happens to get two parts of one class). ``dirichlet:ALPHA`` deals each class in shares
+    parts as equal as possible. ``classes:N`` gives every worker images of exactly N classes, and
+    deals each class evenly among its takers (after McMahan et al., arXiv 1602.05629, whose shards
+    may mix classes). ``dirichlet:ALPHA`` deals each class in shares
     drawn from a symmetric Dirichlet distribution (arXiv 1909.06335): the smaller ALPHA, the more
     uneven; every worker gets an image at least.
 
@@ -64,13 +65,9 @@ def partition(labels: Tensor, workers: int, scheme: str, seed: int) -> list[Tens
     if name == "iid":
         parts = np.array_split(rng.permutation(len(values)), workers)
     elif name == "classes":
-        # Sorted by class and cut into N parts a worker (McMahan et al., arXiv 1602.05629), with
-        # cuts at class borders so that no part mixes classes.
         parts = _by_classes(values, workers, int(argument), classes, rng)
     else:
         parts = _by_dirichlet(values, workers, argument, classes, rng)
-    if any(len(part) == 0 for part in parts):
-        raise ValueError(f"{scheme} leaves a worker of {workers} without images: use fewer workers")
     return [torch.from_numpy(np.sort(part).astype(np.int64)) for part in parts]
 
 
@@ -94,8 +91,13 @@ def _by_classes(
     shares: list[list[np.ndarray]] = [[] for _ in range(workers)]
     for label in range(classes):
         takers = [worker for worker in range(workers) if label in wanted[worker]]
+        images = rng.permutation(np.flatnonzero(labels == label))
+        if len(images) < len(takers):
+            raise ValueError(
+                f"classes:{per_worker}: {len(takers)} of {workers} workers need images of class "
+                f"{label}, which has {len(images)}: use fewer workers or classes a worker"
+            )
         if takers:
-            images = rng.permutation(np.flatnonzero(labels == label))
             for worker, part in zip(takers, np.array_split(images, len(takers)), strict=True):
                 shares[worker].append(part)
     return [np.concatenate(share) for share in shares]

@@ -76,12 +76,15 @@ class MethodResult:
 
 
 def human_bytes(number: float) -> str:
-    """Write a number of bytes in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+    """Write a number of bytes in decimal units, with three digits."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    unit = 0
+    # 999.5 would be written as 1000: it belongs to the next unit.
+    while number >= 999.5 and unit < len(units) - 1:
         number /= 1000
-    return f"{number:.3g} GB"
+        unit += 1
+    decimals = 0 if unit == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{decimals}f} {units[unit]}"
 
 
 def summarise(

@@ -1,6 +1,8 @@
 """Measure what messages weigh and compare it with what they may weigh.
 
-Every size is that of a message or a section of bytes that was really made.
+Every size is that of a message or a section of bytes that was really made. The bound of the indices
+of k of n entries is 1.05 log2 C(n, k) / 8 bytes; where that is below 40 bytes, log2 C(n, k) / 8 and
+two bytes.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ RECYCLED = 6
 OVERHEAD = 1.05
 SHARES = (0.001, 0.01, 0.1)
 STEPS = 60
-# Where the positions carry less information than this, a byte of framing is no longer small.
-SMALL = 64
+# A section takes whole bytes and one for its method: 5 % of less than this would not hold them.
+FRAMING = 2
+SMALL = 40
 
 
 class Row(NamedTuple):
@@ -148,11 +151,13 @@ def real_positions(seed: int) -> Iterator[Row]:
                 # Nothing is to be said, and nothing is sent.
                 continue
             size = encode_indices(indices, n).numel()
-            row = Row(f"{where}, {k:,} of {n:,}", size, OVERHEAD * information(n, k))
-            found.setdefault((share, row.bound / OVERHEAD < SMALL), []).append(row)
+            least = information(n, k)
+            bound = least + FRAMING if least < SMALL else OVERHEAD * least
+            row = Row(f"{where}, {k:,} of {n:,}", size, bound)
+            found.setdefault((share, least < SMALL), []).append(row)
     for (share, small), rows in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         kind = f"indices, gradients, {share:.1%}"
-        kind += f", of less than {SMALL} bytes" if small else ""
+        kind += f", below {SMALL} bytes" if small else ""
         worst = max(rows, key=lambda row: row.ratio)
         yield Row(f"{kind}: worst ({worst.what})", worst.measured, worst.bound)
         total = sum(row.measured for row in rows)
@@ -172,3 +177,52 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("wire.csv"), metavar="FILE", help="(default: wire.csv)")
     add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     return parser
+
+
+def rows(seed: int) -> Iterator[Row]:
+    """Measure everything."""
+    gradients = random_gradients(resnet50_shapes(), seed)
+    yield from recycled(gradients)
+    yield from signs(gradients)
+    yield from random_positions(seed)
+    yield from real_positions(seed)
+
+
+def write_csv(file: Path, measured: list[Row]) -> None:
+    """Write a row for each size."""
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("what", "measured_bytes", "bound_bytes", "ratio", "within"))
+        for row in measured:
+            bound, ratio = f"{row.bound:.1f}", f"{row.ratio:.4f}"
+            writer.writerow((row.what, row.measured, bound, ratio, row.ok))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.out.touch()
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot write there: {error.strerror}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.status("measuring sizes"):
+        measured = list(rows(options.seed))
+    write_csv(options.out, measured)
+    table = Table(title="Sizes in bytes")
+    table.add_column("what")
+    for head in ("measured", "bound", "ratio"):
+        table.add_column(head, justify="right")
+    for row in measured:
+        style = None if row.ok else "red"
+        sizes = f"{row.measured:,}", f"{row.bound:,.1f}", f"{row.ratio:.3f}"
+        table.add_row(row.what, *sizes, style=style)
+    console.print(table)
+    broken = sum(not row.ok for row in measured)
+    console.print(f"{broken or 'No'} bound{'s' * (broken != 1)} broken. Written to {options.out}.")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

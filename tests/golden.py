@@ -1,4 +1,4 @@
-"""Messages of wire version 1, recorded in golden.json.
+"""Messages and sections of indices of wire version 1, recorded in golden.json.
 
 ``python -m tests.golden`` writes the file anew. Do that only for compressors that are added: a
 message that was recorded once must decode for good.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbgm_compress import Receiver, Sender, endpoints
 from lbgm_compress.expression import parse_compressor
+from lbgm_compress.wire.indices import encode_indices
 
 COMPRESSORS = [
     "Identity()",
@@ -68,6 +69,21 @@ def record(text: str, setattr_: Callable[..., Any] = setattr) -> dict[str, Any]:
     return {"compressor": text, "rounds": rounds}
 
 
+def positions(n: int, step: int) -> list[int]:
+    """Return positions whose gaps grow, so that blocks take different parameters."""
+    return sorted({(i * i * step // 7) % n for i in range(300)})
+
+
+def record_indices(n: int, step: int) -> dict[str, Any]:
+    """Return a section of indices and the arguments of its `positions`."""
+    section = encode_indices(torch.tensor(positions(n, step)), n)
+    return {"n": n, "step": step, "section": bytes(section.tolist()).hex()}
+
+
 if __name__ == "__main__":
     path = Path(__file__).parent / "golden.json"
-    path.write_text(json.dumps([record(text) for text in COMPRESSORS], indent=1) + "\n")
+    recorded = {
+        "messages": [record(text) for text in COMPRESSORS],
+        "indices": [record_indices(n, step) for n, step in ((100_000, 3), (900, 1), (2**33, 999))],
+    }
+    path.write_text(json.dumps(recorded, indent=1) + "\n")

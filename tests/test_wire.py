@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lbgm_compress import PayloadError, Receiver
 from lbgm_compress.expression import parse_compressor
-from lbgm_compress.wire import bits, message
+from lbgm_compress.wire import bits, indices, message
 from lbgm_compress.wire.indices import FIXED, decode_indices, encode_indices
 from tests import golden
 from tests.laws import assert_same_bits
@@ -38,7 +38,7 @@ def test_random_indices_take_at_most_five_percent_above_their_entropy(share):
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_indices_round_trip_in_both_methods(data):
+def test_indices_round_trip_in_every_method(data):
     n = data.draw(st.one_of(st.integers(1, 3000), st.integers(1, 2**40)))
     chosen = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=600))
     positions = torch.tensor(sorted(chosen))
@@ -49,6 +49,34 @@ def test_indices_round_trip_in_both_methods(data):
     if 0 < len(chosen) < n:
         section = torch.cat([torch.tensor([FIXED], dtype=torch.uint8), fixed])
         assert torch.equal(decode_indices(section, len(chosen), n), positions)
+        section = torch.from_numpy(indices._encode_rice(positions.numpy()))
+        assert torch.equal(decode_indices(section, len(chosen), n), positions)
+    if 0 < len(chosen) < min(n, 257):
+        section = torch.from_numpy(indices._encode_enumerated(positions.tolist(), n))
+        assert torch.equal(decode_indices(section, len(chosen), n), positions)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_few_indices_take_at_most_five_percent_above_their_entropy_and_two_bytes(data):
+    n = data.draw(st.integers(2, 10**6))
+    chosen = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=min(n - 1, 100)))
+    size = encode_indices(torch.tensor(sorted(chosen)), n).numel()
+    assert size <= max(1.05 * entropy_bytes(n, len(chosen)), entropy_bytes(n, len(chosen)) + 2)
+
+
+@given(st.binary(max_size=80), st.integers(1, 300), st.integers(2, 2**40))
+@settings(max_examples=500, deadline=None)
+def test_bytes_that_are_no_indices_are_refused_or_ascend_within_the_tensor(data, count, n):
+    count = min(count, n - 1)
+    try:
+        section = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+        positions = decode_indices(section, count, n).tolist()
+    except PayloadError:
+        return
+    assert positions == sorted(set(positions))
+    assert len(positions) == count
+    assert 0 <= positions[0] <= positions[-1] < n
 
 
 @given(st.integers(0, 40), st.lists(st.integers(0, 2**40), max_size=50))
@@ -75,7 +103,7 @@ def test_variable_length_integer_that_does_not_end_is_refused(data):
         bits.read_varints(data, 1)
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["compressor"])
+@pytest.mark.parametrize("case", GOLDEN["messages"], ids=lambda case: case["compressor"])
 def test_messages_of_version_1_decode_for_good(case):
     like = golden.gradients(0)
     receiver = Receiver(parse_compressor(case["compressor"]), like)
@@ -89,7 +117,7 @@ def test_messages_of_version_1_decode_for_good(case):
             )
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["compressor"])
+@pytest.mark.parametrize("case", GOLDEN["messages"], ids=lambda case: case["compressor"])
 def test_messages_of_version_1_are_still_made(case, monkeypatch):
     made = golden.record(case["compressor"], monkeypatch.setattr)
     if "Atomo" in case["compressor"]:
@@ -101,8 +129,16 @@ def test_messages_of_version_1_are_still_made(case, monkeypatch):
         assert [r["message"] for r in made["rounds"]] == [r["message"] for r in case["rounds"]]
 
 
+@pytest.mark.parametrize("case", GOLDEN["indices"], ids=lambda case: f"of {case['n']}")
+def test_indices_of_version_1_decode_for_good_and_are_still_made(case):
+    positions = torch.tensor(golden.positions(case["n"], case["step"]))
+    section = torch.frombuffer(bytearray.fromhex(case["section"]), dtype=torch.uint8)
+    assert torch.equal(decode_indices(section, positions.numel(), case["n"]), positions)
+    assert torch.equal(encode_indices(positions, case["n"]), section)
+
+
 def test_message_of_another_version_names_both():
-    case = GOLDEN[0]
+    case = GOLDEN["messages"][0]
     data = bytearray.fromhex(case["rounds"][0]["message"])
     data[0] = 2
     receiver = Receiver(parse_compressor(case["compressor"]), golden.gradients(0))

@@ -5,30 +5,38 @@ d[i] = position[i] - position[i - 1] - 1. The number of positions is known from 
 A section of indices is::
 
     offset  size  meaning
-    0       1     method: 0 Golomb-Rice, 1 fixed width
+    0       1     method: 0 Golomb-Rice, 1 fixed width, 2 enumeration
     1       ...   the indices in that method
 
 If there are no positions, or as many as elements, the section is empty.
 
-Method 0, Golomb-Rice (Rice, 1979), whose parameter b adapts to each block of 256 gaps (the last
+Method 0, Golomb-Rice (Rice, 1979), whose parameter b adapts to each block of 128 gaps (the last
 block may be shorter). A gap d is its low b bits (remainder) and d >> b (quotient)::
 
-    1       B     the parameter b of each of the B = ceil(count / 256) blocks, 0 to 62
+    1       B     the parameter b of each of the B = ceil(count / 128) blocks, 0 to 62
     1 + B   ...   remainders: for each b that occurs, ascending, those of all blocks with that b,
                   b bits each, lowest bit first, the last byte padded with zeros
     ...     ...   quotients in unary: q zeros and a one for each gap, lowest bit first, the last
                   byte padded with zeros
 
-On random positions this is 1 to 2 % above log2 C(n, count) bits; positions that cluster, as those
-of real gradients do, take less than that.
+On many random positions this is 1 to 2 % above log2 C(n, count) bits; positions that cluster, as
+those of real gradients do, take less than that.
 
 Method 1, for a device on which bit-serial coding does not pay::
 
     1       ...   each position in (n - 1).bit_length() bits, lowest bit first, the last byte
                   padded with zeros
+
+Method 2, for at most 256 positions, of which Golomb-Rice makes more than 5 % above log2 C(n, count)
+bits: their number in the combinatorial number system (Cover, 1973), sum over i from 1 to count of
+C(position[i - 1], i). It takes ceil(log2 C(n, count)) bits, whatever the positions are::
+
+    1       ...   the number, in as many bytes as C(n, count) - 1 needs, lowest byte first
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -46,15 +54,19 @@ from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["decode_indices", "encode_indices"]
 
-RICE, FIXED = 0, 1
-BLOCK = 256
+RICE, FIXED, ENUMERATED = 0, 1, 2
+BLOCK = 128
+# Numbers of more than a few thousand bits would cost milliseconds.
+MOST_ENUMERATED = 256
+TOLERATED = 1.05
 Numbers = npt.NDArray[np.int64]
 
 
 def encode_indices(indices: Tensor, n: int) -> Tensor:
     """Code `indices` (int64, ascending, distinct, below `n`) as a section of bytes (uint8).
 
-    On the CPU the method is Golomb-Rice; on another device fixed width, without synchronisation.
+    On the CPU the method is Golomb-Rice or, where that falls short, enumeration; on another device
+    fixed width, without synchronisation.
     """
     count = indices.numel()
     if count in (0, n):
@@ -62,7 +74,10 @@ def encode_indices(indices: Tensor, n: int) -> Tensor:
     if indices.device.type != "cpu":
         method = torch.full((1,), FIXED, dtype=torch.uint8, device=indices.device)
         return torch.cat([method, pack_fixed_on_device(indices, (n - 1).bit_length())])
-    return torch.from_numpy(_encode_rice(indices.numpy()))
+    section = _encode_rice(indices.numpy())
+    if count <= MOST_ENUMERATED and section.size > TOLERATED * _information(n, count):
+        section = min(section, _encode_enumerated(indices.tolist(), n), key=len)
+    return torch.from_numpy(section)
 
 
 def decode_indices(section: Tensor, count: int, n: int) -> Tensor:
@@ -85,7 +100,16 @@ def decode_indices(section: Tensor, count: int, n: int) -> Tensor:
         return torch.from_numpy(positions).to(section.device)
     if method == FIXED:
         return _decode_fixed(section[1:], count, n)
-    raise PayloadError(f"unknown coding of indices {method}, expected {RICE} or {FIXED}")
+    if method == ENUMERATED and count <= MOST_ENUMERATED:
+        numbers = _decode_enumerated(section[1:].cpu().numpy().tobytes(), count, n)
+        return torch.tensor(numbers, device=section.device)
+    raise PayloadError(f"unknown coding {method} of {count} indices")
+
+
+def _information(n: int, count: int) -> float:
+    """Return log2 C(n, count) / 8."""
+    nats = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
+    return nats / math.log(2) / 8
 
 
 def _blocks(count: int) -> int:
@@ -174,3 +198,47 @@ def _decode_fixed(data: Tensor, count: int, n: int) -> Tensor:
     if not bool(((positions[1:] > positions[:-1]).all() & (positions[-1] < n)).item()):
         raise PayloadError(f"the indices do not ascend below the tensor's {n} elements")
     return positions
+
+
+def _size_enumerated(n: int, count: int) -> int:
+    return ((math.comb(n, count) - 1).bit_length() + 7) // 8
+
+
+def _encode_enumerated(positions: list[int], n: int) -> Bytes:
+    number = sum(math.comb(position, i) for i, position in enumerate(positions, start=1))
+    data = bytes([ENUMERATED]) + number.to_bytes(_size_enumerated(n, len(positions)), "little")
+    return np.frombuffer(bytearray(data), np.uint8)
+
+
+def _decode_enumerated(data: bytes, count: int, n: int) -> list[int]:
+    if len(data) != _size_enumerated(n, count):
+        raise PayloadError(
+            f"{len(data)} bytes of enumerated indices, expected {_size_enumerated(n, count)}"
+        )
+    number = int.from_bytes(data, "little")
+    if number >= math.comb(n, count):
+        raise PayloadError(f"the indices point past the tensor's {n} elements")
+    positions = []
+    for i in range(count, 0, -1):
+        position, below = _largest_below(number, i)
+        positions.append(position)
+        number -= below
+    return positions[::-1]
+
+
+def _largest_below(number: int, i: int) -> tuple[int, int]:
+    """Return the largest p with C(p, i) <= `number`, and C(p, i)."""
+    if number == 0:
+        return i - 1, 0
+    # C(p, i) is about m^i / i! for m in the middle of the i factors; the last term corrects for
+    # their spread. What is left to do is a step or two, exactly.
+    middle = math.exp((math.log(number) + math.lgamma(i + 1)) / i)
+    position = max(i, int(middle + (i - 1) / 2 + (i * i - 1) / (24 * middle)))
+    value = math.comb(position, i)
+    while value > number:
+        value = value * (position - i) // position
+        position -= 1
+    while (following := value * (position + 1) // (position + 1 - i)) <= number:
+        value = following
+        position += 1
+    return position, value
