@@ -23,7 +23,7 @@ from rich.table import Table
 from shapes import random_gradients, resnet50_shapes
 from torch import Tensor
 
-from lbgm_compress import LBGM, Compressor, ErrorFeedback, Identity, Sender, SignSGD, TopK
+from lbgm_compress import LBGM, Compressor, ErrorFeedback, Sender, SignSGD, TopK
 from lbgm_compress.wire.indices import encode_indices
 
 HEADER = 16
@@ -174,7 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("wire.csv"), metavar="FILE", help="(default: wire.csv)")
+    out = Path("wire.csv")
+    add("--out", type=Path, default=out, metavar="FILE", help=f"CSV to write (default: {out})")
     add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     return parser
 

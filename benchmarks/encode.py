@@ -1,0 +1,284 @@
+"""Measure how long compressors take for the gradients of ResNet-50, beside what else one would do.
+
+The peers are measured in the same run and in turns with what is compared, so that a busy machine
+slows both: one read of the gradients and the look-back gradients, which is the least that an angle
+can cost, and `torch.topk` on every tensor with int64 indices, which is how GRACE selects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from shapes import resnet50_shapes
+from torch import Tensor
+
+from lbgm_compress import LBGM, Atomo, Compressor, Receiver, Sender, SignSGD, TopK
+from lbgm_compress.compressors.lbgm import look_back
+from lbgm_compress.decoded import Dense
+
+RATIO = 0.01
+READ = "one read of both buffers"
+PEER = f"torch.topk on every tensor, {RATIO:.0%}, int64 indices"
+Step = Callable[[], object]
+
+
+class Row(NamedTuple):
+    """How long something took, in ms (medians), and against what it is held."""
+
+    what: str
+    encode: float
+    decode: float | None
+    peer: str
+    ratio: float | None
+    bound: float | None
+
+    @property
+    def total(self) -> float:
+        """Encoding and decoding together."""
+        return self.encode + (self.decode or 0.0)
+
+
+def flat_gradients(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return one normally distributed float32 buffer, and the gradients that are views of it."""
+    shapes = resnet50_shapes()
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(sum(sizes), generator=generator)
+    parts = flat.split(sizes)
+    return flat, {
+        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def topk_encode(gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Select as GRACE does."""
+    selected = []
+    for gradient in gradients:
+        flat = gradient.reshape(-1)
+        k = max(1, round(RATIO * flat.numel()))
+        indices = torch.topk(flat.abs(), k, sorted=False).indices
+        selected.append((flat[indices], indices))
+    return selected
+
+
+def topk_decode(selected: Sequence[tuple[Tensor, Tensor]], like: Sequence[Tensor]) -> list[Tensor]:
+    """Make the selection dense again."""
+    dense = []
+    for (values, indices), gradient in zip(selected, like, strict=True):
+        flat = torch.zeros(gradient.numel())
+        flat[indices] = values
+        dense.append(flat.view(gradient.shape))
+    return dense
+
+
+def measure(steps: dict[str, Step], repeats: int, advance: Callable[[], None]) -> dict[str, float]:
+    """Run all steps in turns and return the median of each, in ms."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                times[name].append((time.perf_counter() - start) * 1e3)
+            advance()
+    finally:
+        gc.enable()
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def angles(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure LBGM's angle test, alone and within a round that recycles every tensor."""
+    flat, gradients = flat_gradients(seed)
+    noise, _ = flat_gradients(seed + 1)
+    sender, receiver = Sender(LBGM()), Receiver(LBGM(), like=gradients)
+    receiver.decompress("worker", sender.compress(gradients))
+    # Close enough to what was sent to be recycled, and other memory.
+    noise.mul_(0.1).add_(flat)
+    near = {
+        name: part.view_as(gradient)
+        for (name, gradient), part in zip(
+            gradients.items(), noise.split([g.numel() for g in gradients.values()]), strict=True
+        )
+    }
+    held = sender.state_dict()["tensors"]
+    states = [held[name]["state"] for name in gradients]
+    kept = [state["look_back"] for state in states]
+    decoded = [Dense(near[name]) for name in gradients]
+    message = sender.compress(near)
+    steps: dict[str, Step] = {
+        READ: lambda: (noise.sum(), [tensor.sum() for tensor in kept]),
+        "angle": lambda: look_back(decoded, states, 0.2),
+        "encode": lambda: sender.compress(near),
+        "decode": lambda: receiver.decompress("worker", message),
+    }
+    took = measure(steps, repeats, advance)
+    read = took[READ]
+    return [
+        Row(READ, read, None, "", None, None),
+        Row("LBGM(): angle test", took["angle"], None, READ, took["angle"] / read, 1.6),
+        Row(
+            "LBGM(): recycled round",
+            took["encode"],
+            took["decode"],
+            READ,
+            (took["encode"] + took["decode"]) / read,
+            None,
+        ),
+    ]
+
+
+def selections(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure compressors that send every tensor in full, beside `torch.topk`."""
+    _, gradients = flat_gradients(seed)
+    _, others = flat_gradients(seed + 1)
+    tensors = list(gradients.values())
+    selected = topk_encode(tensors)
+    steps: dict[str, Step] = {
+        "peer encode": lambda: topk_encode(tensors),
+        "peer decode": lambda: topk_decode(selected, tensors),
+    }
+    compressors: list[Compressor] = [TopK(RATIO), LBGM(TopK(RATIO)), SignSGD(), LBGM(SignSGD())]
+    for compressor in compressors:
+        add_steps(steps, compressor, gradients, others)
+    took = measure(steps, repeats, advance)
+    peer = took["peer encode"] + took["peer decode"]
+    rows = [Row(PEER, took["peer encode"], took["peer decode"], "", None, None)]
+    for compressor in compressors:
+        name = repr(compressor)
+        encode, decode = took[f"{name} encode"], took[f"{name} decode"]
+        bound = 1.0 if compressor == LBGM(TopK(RATIO)) else None
+        rows.append(Row(name, encode, decode, PEER, (encode + decode) / peer, bound))
+    return rows
+
+
+def add_steps(
+    steps: dict[str, Step],
+    compressor: Compressor,
+    gradients: dict[str, Tensor],
+    others: dict[str, Tensor],
+) -> None:
+    """Add a full round's encoding and decoding; gradients alternate, so that none is recycled."""
+    sender, receiver = Sender(compressor), Receiver(compressor, like=gradients)
+    latest = {"message": sender.compress(others)}
+    turn = [gradients, others]
+
+    def encode() -> None:
+        latest["message"] = sender.compress(turn[0])
+        turn.reverse()
+        if any(report.recycled for report in sender.report().values()):
+            raise RuntimeError(f"{compressor!r} recycled gradients that have nothing in common")
+
+    steps[f"{compressor!r} encode"] = encode
+    steps[f"{compressor!r} decode"] = lambda: receiver.decompress("worker", latest["message"])
+
+
+def factors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure a few singular triplets of every tensor."""
+    _, gradients = flat_gradients(seed)
+    sender, receiver = Sender(Atomo(2)), Receiver(Atomo(2), like=gradients)
+    message = sender.compress(gradients)
+    took = measure(
+        {
+            "encode": lambda: sender.compress(gradients),
+            "decode": lambda: receiver.decompress("worker", message),
+        },
+        repeats,
+        advance,
+    )
+    return [Row("Atomo(2)", took["encode"], took["decode"], "", None, None)]
+
+
+def write_csv(file: Path, rows: Sequence[Row]) -> None:
+    """Write a row for each thing that was measured."""
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("what", "encode_ms", "decode_ms", "peer", "ratio_to_peer", "bound"))
+        for row in rows:
+            decode = "" if row.decode is None else f"{row.decode:.3f}"
+            ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+            bound = "" if row.bound is None else row.bound
+            writer.writerow((row.what, f"{row.encode:.3f}", decode, row.peer, ratio, bound))
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Lay out the rows."""
+    table = Table(title=f"ResNet-50, 161 tensors, float32, {torch.get_num_threads()} threads")
+    table.add_column("what")
+    for head in ("encode ms", "decode ms", "ratio", "bound"):
+        table.add_column(head, justify="right")
+    table.add_column("ratio to")
+    for row in rows:
+        decode = "" if row.decode is None else f"{row.decode:.1f}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        bound = "" if row.bound is None else f"{row.bound:.1f}"
+        missed = row.ratio is not None and row.bound is not None and row.ratio > row.bound
+        table.add_row(
+            row.what,
+            f"{row.encode:.1f}",
+            decode,
+            ratio,
+            bound,
+            row.peer,
+            style="red" if missed else None,
+        )
+    return table
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="encode.py",
+        description="Measure how long compressors take for the 161 gradients of ResNet-50 on the "
+        "CPU, as medians in ms and as ratios to peers measured in the same run.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--repeats", type=int, default=15, metavar="N", help="measurements of each (default: 15)")
+    add("--seed", type=int, default=0, help="seed of the gradients (default: 0)")
+    add(
+        "--out", type=Path, default=Path("encode.csv"), metavar="FILE", help="(default: encode.csv)"
+    )
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats} is not a whole number of at least 1")
+    try:
+        options.out.touch()
+    except OSError as error:
+        parser.error(f"--out {options.out}: cannot write there: {error.strerror}")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    parts = (angles, selections, factors)
+    rows: list[Row] = []
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("measuring times", total=len(parts) * options.repeats)
+        for part in parts:
+            rows += part(options.seed, options.repeats, lambda: progress.advance(task))
+    write_csv(options.out, rows)
+    console.print(table_of(rows))
+    console.print(f"Written to {options.out}.", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
