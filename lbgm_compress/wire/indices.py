@@ -27,9 +27,10 @@ Method 1, for a device on which bit-serial coding does not pay::
     1       ...   each position in (n - 1).bit_length() bits, lowest bit first, the last byte
                   padded with zeros
 
-Method 2, for at most 256 positions, of which Golomb-Rice makes more than 5 % above log2 C(n, count)
-bits: their number in the combinatorial number system (Cover, 1973), sum over i from 1 to count of
-C(position[i - 1], i). It takes ceil(log2 C(n, count)) bits, whatever the positions are::
+Method 2, for at most 16 positions, and for at most 256 of which Golomb-Rice makes more than 5 %
+above log2 C(n, count) bits: their number in the combinatorial number system (Cover, 1973), which is
+the sum over i from 1 to count of C(position[i - 1], i). It takes ceil(log2 C(n, count)) bits,
+whatever the positions are::
 
     1       ...   the number, in as many bytes as C(n, count) - 1 needs, lowest byte first
 """
@@ -56,8 +57,10 @@ __all__ = ["decode_indices", "encode_indices"]
 
 RICE, FIXED, ENUMERATED = 0, 1, 2
 BLOCK = 128
-# Numbers of more than a few thousand bits would cost milliseconds.
+# Numbers of more than a few thousand bits would cost milliseconds; up to some hundred bits they are
+# the fastest method.
 MOST_ENUMERATED = 256
+FEW = 16
 TOLERATED = 1.05
 Numbers = npt.NDArray[np.int64]
 
@@ -74,6 +77,8 @@ def encode_indices(indices: Tensor, n: int) -> Tensor:
     if indices.device.type != "cpu":
         method = torch.full((1,), FIXED, dtype=torch.uint8, device=indices.device)
         return torch.cat([method, pack_fixed_on_device(indices, (n - 1).bit_length())])
+    if count <= FEW:
+        return torch.from_numpy(_encode_enumerated(indices.tolist(), n))
     section = _encode_rice(indices.numpy())
     if count <= MOST_ENUMERATED and section.size > TOLERATED * _information(n, count):
         section = min(section, _encode_enumerated(indices.tolist(), n), key=len)

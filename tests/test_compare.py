@@ -1,0 +1,326 @@
+"""The comparison, run as users run it, and its parts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compare import build_parser, methods_of
+from datasets import load
+from federated import Training, run
+from partition import partition
+from report import human_bytes
+
+from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    "accuracy_vs_round.png",
+    "accuracy_vs_uplink.png",
+    "report.html",
+    "rounds.csv",
+    "summary.json",
+    "uplink_per_round.png",
+]
+SMALL = ["--workers", "5", "--rounds", "6", "--lr", "0.1"]
+
+
+def compare(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def rows_of(folder):
+    with (folder / "rounds.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a small run of all eight methods: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("compare")
+    process = compare(*SMALL, "--out", "results", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder / "results", process.stdout
+
+
+def test_run_ends_with_the_table_and_the_files(finished):
+    folder, printed = finished
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    for name in FILES:
+        if name.endswith(".png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for method in ("Identity()", "LBGM(TopK(0.1))", "Atomo(2)", "LBGM(SignSGD(scaled=True))"):
+        assert re.search(rf"│ {re.escape(method)} +│ +\d\d\.\d\d% │", printed)
+    assert printed.rstrip().endswith("report.html")
+
+
+def test_every_method_and_round_has_a_row_and_the_sums_agree(finished):
+    folder, _ = finished
+    rows = rows_of(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(rows) == 8 * 6
+    assert len(summary["methods"]) == 8
+    for method in summary["methods"]:
+        mine = [row for row in rows if row["method"] == method["method"]]
+        assert [int(row["round"]) for row in mine] == [1, 2, 3, 4, 5, 6]
+        assert sum(int(row["uplink_bytes"]) for row in mine) == method["uplink_bytes"]
+        assert int(mine[-1]["uplink_bytes_total"]) == method["uplink_bytes"]
+        assert float(mine[-1]["accuracy"]) == pytest.approx(method["final_accuracy"], abs=1e-6)
+    dense = summary["methods"][0]
+    assert dense["method"] == "Identity()"
+    assert dense["ratio_to_dense"] == 1
+    # 64 x 128 + 128 + 128 x 10 + 10 float32, 4 tensors of 1 + 3 bytes at most, and 16: 5 workers.
+    assert 0 <= int(rows[0]["uplink_bytes"]) - 5 * (4 * 9610 + 16) <= 5 * 4 * 4
+
+
+def test_lbgm_recycles_and_saves_bytes_in_a_real_run(finished):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    by_name = {method["method"]: method for method in summary["methods"]}
+    for name in ("Identity()", "TopK(0.1)", "Atomo(2)", "SignSGD(scaled=True)"):
+        inner = "" if name == "Identity()" else name
+        assert by_name[f"LBGM({inner})"]["uplink_bytes"] < by_name[name]["uplink_bytes"]
+        assert by_name[f"LBGM({inner})"]["recycled_share"] > 0
+
+
+def test_page_is_self_contained_and_repeats_the_command(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    assert "benchmarks/compare.py --workers 5 --rounds 6 --lr 0.1 --out results" in page
+
+
+def test_summary_names_versions_arguments_and_seed(finished):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert summary["seed"] == 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["arguments"]["workers"] == 5
+    assert summary["arguments"]["batch-size"] == "full"
+
+
+def test_same_seed_gives_the_same_csv_and_another_seed_another(finished, tmp_path):
+    def numbers(folder):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(folder)]
+
+    for seed in ("0", "1"):
+        again = compare(*SMALL, "--seed", seed, "--out", f"seed-{seed}", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+    assert numbers(tmp_path / "seed-0") == numbers(finished[0])
+    assert numbers(tmp_path / "seed-1") != numbers(finished[0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "cnn", "--workers", "2", "--rounds", "2"],
+        ["--model", "linear", "--partition", "classes:3", "--participation", "0.4"],
+        ["--partition", "dirichlet:0.3", "--local-steps", "3", "--batch-size", "16"],
+        ["--dataset", "mnist", "--workers", "4", "--rounds", "2", "--error-feedback"],
+        ["--server-momentum", "0", "--values", "int8", "--ratio", "0.02", "--rank", "1"],
+    ],
+    ids=" ".join,
+)
+def test_options_work_together(arguments, tmp_path):
+    process = compare(*SMALL, "--rounds", "3", *arguments, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    rows = rows_of(tmp_path / "compare-results")
+    assert len({row["method"] for row in rows}) == 8
+    assert all(float(row["loss"]) < 10 for row in rows)
+
+
+def test_methods_are_those_that_were_asked_for(tmp_path):
+    expression = "TopK(0.01), LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)"
+    process = compare(*SMALL, "--methods", expression, "--target-accuracy", "0.05", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    summary = json.loads((tmp_path / "compare-results" / "summary.json").read_text())
+    names = [method["method"] for method in summary["methods"]]
+    assert names == ["TopK(0.01)", "LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)"]
+    assert all(method["bytes_to_target"] for method in summary["methods"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "LBGM(Tpok(0.1))"], "unknown compressor 'Tpok'"),
+        (["--methods", "TopK(2)"], "ratio must be above 0 and at most 1, not 2"),
+        (["--methods", "__import__('os').system('true')"], "is not a compressor"),
+        (["--methods", "TopK(0.1), TopK(0.1)"], "twice"),
+        (["--ratio", "2"], "ratio must be above 0 and at most 1, not 2"),
+        (["--delta", "-1"], "delta must be from 0 to 1"),
+        (["--rank", "0"], "rank must be a whole number of at least 1"),
+        (["--values", "int4"], "values must be one of"),
+        (["--ratio", "0.1", "--methods", "TopK(0.1)"], "--ratio shapes the default methods"),
+        (["--partition", "classes:11"], "11 classes a worker, the data have 1 to 10"),
+        (["--partition", "shards"], "none of iid, classes:N"),
+        (["--partition", "dirichlet:0"], "alpha must be above 0"),
+        (["--workers", "2000"], "more than there are images"),
+        (["--workers", "0"], "whole number of at least 1"),
+        (["--workers", "900", "--partition", "classes:5"], "use fewer workers"),
+        (["--dataset", "cifar10"], "invalid choice"),
+        (["--dataset", "fashion-mnist", "--data-dir", "nowhere"], "no such folder"),
+        (["--dataset", "fashion-mnist", "--data-dir", "."], "train-images-idx3-ubyte"),
+        (["--data-dir", "."], "--data-dir is for fashion-mnist"),
+        (["--participation", "0"], "not a number above 0 to 1"),
+        (["--lr", "nan"], "not a number"),
+        (["--device", "tpu"], "neither cpu nor cuda"),
+        (["--out", "file/below"], "cannot write there"),
+        (["--out", "file"], "cannot write there"),
+        (["--round", "5"], "unrecognized arguments"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    process = compare(*arguments, cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stdout == ""
+    [line] = process.stderr.splitlines()
+    assert line.startswith("compare.py: error: ")
+    assert message in line
+    assert not (tmp_path / "compare-results" / "rounds.csv").exists()
+
+
+def test_interrupted_run_keeps_what_is_finished(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), "--rounds", "300"]
+    process = subprocess.Popen(
+        [*command, "--workers", "3", "--methods", "Identity(), LBGM(), TopK(0.5)"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    results = tmp_path / "compare-results"
+    try:
+        # The first line comes when the first method is finished; the second one is under way.
+        assert "Identity()" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors == ""
+    assert "Interrupted" in printed
+    assert sorted(path.name for path in results.iterdir()) == FILES
+    summary = json.loads((results / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    assert summary["methods"][0]["finished"] is True
+    assert summary["methods"][0]["rounds"] == 300
+    assert sum(not method["finished"] for method in summary["methods"]) <= 1
+    assert "nterrupted" in (results / "report.html").read_text()
+
+
+def labels(classes=10, each=60):
+    return torch.arange(classes).repeat(each)
+
+
+@pytest.mark.parametrize("scheme", ["iid", "classes:1", "classes:4", "dirichlet:0.1"])
+def test_partition_gives_every_image_once(scheme):
+    parts = partition(labels(), 20, scheme, seed=0)
+    assert len(parts) == 20
+    assert all(len(part) for part in parts)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(600))
+    again = partition(labels(), 20, scheme, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_partition_by_classes_gives_exactly_so_many_classes():
+    for number in (1, 3, 10):
+        parts = partition(labels(), 20, f"classes:{number}", seed=1)
+        assert {len(set(labels()[part].tolist())) for part in parts} == {number}
+
+
+def test_partition_iid_is_as_even_as_possible():
+    sizes = {len(part) for part in partition(labels(), 7, "iid", seed=0)}
+    assert sizes == {85, 86}
+
+
+def test_partition_by_dirichlet_is_more_uneven_for_smaller_alpha():
+    def spread(alpha):
+        parts = partition(labels(each=500), 10, f"dirichlet:{alpha}", seed=0)
+        counts = [np.bincount(labels(each=500)[part], minlength=10) for part in parts]
+        return float(np.mean([c.max() / c.sum() for c in counts]))
+
+    assert spread(0.05) > spread(1) > spread(100)
+
+
+def test_default_methods_are_all_eight_and_feed_errors_back_inside_lbgm():
+    options = build_parser().parse_args([])
+    assert methods_of(options) == [
+        Identity(),
+        LBGM(),
+        TopK(0.1),
+        LBGM(TopK(0.1)),
+        Atomo(2),
+        LBGM(Atomo(2)),
+        SignSGD(scaled=True),
+        LBGM(SignSGD(scaled=True)),
+    ]
+    options = build_parser().parse_args(["--error-feedback", "--delta", "0.5"])
+    assert methods_of(options)[1:4] == [
+        LBGM(delta=0.5),
+        ErrorFeedback(TopK(0.1)),
+        LBGM(ErrorFeedback(TopK(0.1)), delta=0.5),
+    ]
+
+
+def test_one_worker_without_compression_is_plain_gradient_descent():
+    dataset = load("digits", None, 0)
+    count = len(dataset.train_labels)
+    training = Training(
+        dataset=dataset,
+        parts=[torch.arange(count)],
+        model="linear",
+        rounds=5,
+        local_steps=1,
+        batch_size=None,
+        participation=1.0,
+        lr=0.1,
+        server_momentum=0.9,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    rounds = list(run(training, Identity()))
+    model = training.initial_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for round_ in rounds:
+        optimizer.zero_grad()
+        logits = model(dataset.train_images)
+        torch.nn.functional.cross_entropy(logits, dataset.train_labels).backward()
+        optimizer.step()
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(
+                model(dataset.test_images), dataset.test_labels
+            )
+        assert round_.loss == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9_996, "10.0 kB"),
+        (999_400, "999 kB"),
+        (999_600, "1.00 MB"),
+        (27_432_100, "27.4 MB"),
+        (2.5e12, "2.50 TB"),
+    ],
+)
+def test_bytes_are_written_with_three_digits(number, text):
+    assert human_bytes(number) == text
