@@ -365,6 +365,18 @@ def target_of(options: argparse.Namespace, results: list[MethodResult]) -> float
     return None
 
 
+def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return every option by name, with the values that took effect."""
+    values = dict(vars(options))
+    if options.batch_size is None:
+        values["batch_size"] = "full"
+    if options.methods is None:
+        for name, default in METHOD_OPTIONS.items():
+            values[name] = default if values[name] is None else values[name]
+    values["methods"] = ", ".join(map(repr, methods_of(options)))
+    return {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+
+
 def about(
     options: argparse.Namespace, target: float | None, interrupted: bool, arguments: list[str]
 ) -> dict[str, Any]:
@@ -377,10 +389,7 @@ def about(
         f"{options.partition}, {steps} of {batch} images, learning rate {options.lr:g}, "
         f"server momentum {options.server_momentum:g}, seed {options.seed}",
         "command": shlex.join(["python", "benchmarks/compare.py", *arguments]),
-        "arguments": {
-            name.replace("_", "-"): "full" if name == "batch_size" and value is None else value
-            for name, value in vars(options).items()
-        },
+        "arguments": arguments_of(options),
         "seed": options.seed,
         "interrupted": interrupted,
         "target_accuracy": target,

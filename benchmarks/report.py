@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +192,11 @@ def _styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     return styles
 
 
+def _tick(number: float, _: object) -> str:
+    value, unit = human_bytes(number).split()
+    return f"{float(value):g} {unit}"
+
+
 def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, bytes]:
     import matplotlib
 
@@ -200,7 +206,7 @@ def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, b
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     styles = _styles(results)
-    size = FuncFormatter(lambda number, _: human_bytes(number))
+    size = FuncFormatter(_tick)
 
     def accuracy_vs_round(axes: Axes) -> None:
         for result, style in zip(results, styles, strict=True):
@@ -239,7 +245,7 @@ def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, b
         height = 4.8 + 0.2 * max(0, len(results) - 12)
         figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
         drawer(axes)
-        axes.set_title(about["title"], fontsize=10)
+        axes.set_title(textwrap.fill(about["title"], 90), fontsize=10, loc="left")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
