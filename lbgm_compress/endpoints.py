@@ -15,7 +15,13 @@ from torch import Tensor
 from lbgm_compress.compressor import Compressor, State, check_gradient, owned
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
-from lbgm_compress.wire.message import Kind, Message, layout_hash, look_back_check
+from lbgm_compress.wire.message import (
+    HEADER_SIZE,
+    Kind,
+    Message,
+    layout_hash,
+    look_back_check,
+)
 
 __all__ = ["Receiver", "Sender", "TensorReport"]
 
@@ -91,6 +97,17 @@ class Sender:
             If there are no gradients, a shape, dtype or device does not fit, or `peer` is not a
             digest for these tensors. The sender's state is as it was.
         """
+        return self.encode(grads, peer)[0]
+
+    def encode(
+        self, grads: Mapping[str, Tensor], peer: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Decoded]]:
+        """Do `compress`, and return the message and what receivers will make of it.
+
+        The decoded tensors, by name, may share memory with `grads`; adding them up with `add_to`
+        gives the bits of `Receiver.accumulate`. For a worker that needs the average itself, and
+        would otherwise decode its own message.
+        """
         names = _sorted_names(grads)
         tensors = []
         for name in names:
@@ -143,7 +160,7 @@ class Sender:
                 names, kinds, encodings, message.sizes(), strict=True
             )
         }
-        return packed
+        return packed, dict(zip(names, (e.decoded for e in encodings), strict=True))
 
     def report(self) -> dict[str, TensorReport]:
         """Return what became of each tensor of the last message; empty before the first."""
@@ -316,6 +333,11 @@ class Receiver:
         identifiers = [held[name]["id"] if name in held else 0 for name in self._names(names)]
         data = struct.pack(f"<{len(identifiers)}Q", *identifiers)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def head_size(self, names: Iterable[str] | None = None) -> int:
+        """Return the size in bytes of the fixed-size head of a message for these tensors."""
+        sizes = (self.compressor.head_size(self._like[name]) for name in self._names(names))
+        return HEADER_SIZE + sum(sizes)
 
     def drop(self, sender_id: int | str) -> None:
         """Forget a sender, known or not."""

@@ -48,7 +48,15 @@ from torch import Tensor
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.errors import PayloadError
 
-__all__ = ["HEADER_SIZE", "VERSION", "Kind", "Message", "layout_hash", "look_back_check"]
+__all__ = [
+    "HEADER_SIZE",
+    "VERSION",
+    "Kind",
+    "Message",
+    "body_size",
+    "layout_hash",
+    "look_back_check",
+]
 
 VERSION = 1
 HEADER_SIZE = 16
@@ -68,6 +76,22 @@ def layout_hash(compressor: str, tensors: Iterable[tuple[str, Sequence[int], tor
     lines = [compressor, *(f"{name} {tuple(shape)} {dtype}" for name, shape, dtype in tensors)]
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=2).digest()
     return int.from_bytes(digest, "little")
+
+
+def body_size(head: bytes) -> int:
+    """Read from the first bytes of a message how many follow its head.
+
+    Raises
+    ------
+    PayloadError
+        If the message has another version.
+    """
+    if head[0] != VERSION:
+        raise PayloadError(
+            f"the message has wire version {head[0]}, this receiver reads version {VERSION}: "
+            "use the same release of lbgm_compress at both ends"
+        )
+    return int.from_bytes(head[3:8], "little")
 
 
 def look_back_check(identifiers: Sequence[int]) -> int:
@@ -121,11 +145,7 @@ class Message:
             raise PayloadError("the message is empty")
         # Identifier and sizes stand at the start of the body: one copy brings them along.
         host = message[: front + 8 + 9 * len(head_sizes)].cpu().numpy().tobytes()
-        if host[0] != VERSION:
-            raise PayloadError(
-                f"the message has wire version {host[0]}, this receiver reads version {VERSION}: "
-                "use the same release of lbgm_compress at both ends"
-            )
+        size = body_size(host)
         if message.numel() < front:
             raise PayloadError(f"the message has {message.numel()} bytes, its head alone {front}")
         found = int.from_bytes(host[1:3], "little")
@@ -135,7 +155,6 @@ class Message:
                 f"{found:#06x}, expected {layout:#06x}): both ends need the same compressor and "
                 "the same names, shapes and dtypes"
             )
-        size = int.from_bytes(host[3:8], "little")
         if message.numel() != front + size:
             raise PayloadError(
                 f"the message has {message.numel()} bytes, its header says {front + size}"

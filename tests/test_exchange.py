@@ -1,0 +1,131 @@
+"""Messages of unequal size between real processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lbgm_compress import LBGM, Identity, Sender, TopK
+from lbgm_compress.exchange import CHUNK, Averager, ProcessGroupTransport, exchange
+from tests.ranks import run_ranks
+
+SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+
+
+def transport_of(ranks):
+    return ProcessGroupTransport(dist.new_group(list(range(ranks))))
+
+
+class Counting(ProcessGroupTransport):
+    """Counts collectives."""
+
+    def __init__(self, group):
+        super().__init__(group)
+        self.equal = self.unequal = 0
+
+    def gather_equal(self, data):
+        self.equal += 1
+        return super().gather_equal(data)
+
+    def gather_unequal(self, parts):
+        self.unequal += 1
+        super().gather_unequal(parts)
+
+
+def content(rank, size, seed):
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+
+
+def gather_many(rank, world):
+    transport = transport_of(world)
+    for seed in range(60):
+        draw = torch.Generator().manual_seed(seed)
+        sizes = [SIZES[int(i)] for i in torch.randint(len(SIZES), (world,), generator=draw)]
+        parts = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        parts[rank] = content(rank, sizes[rank], seed)
+        transport.gather_unequal(parts)
+        for other, part in enumerate(parts):
+            assert torch.equal(part, content(other, sizes[other], seed)), (seed, sizes, other)
+    return True
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_unequal_parts_arrive_whole_at_every_rank(world):
+    assert run_ranks(gather_many, world, world, timeout=100) == [True] * world
+
+
+def exchange_rounds(rank, world):
+    transport = Counting(dist.new_group(list(range(world))))
+    grads = {
+        "w": torch.randn(300, generator=torch.Generator().manual_seed(rank)),
+        "b": torch.ones(3),
+    }
+    sender = Sender(LBGM())
+    counts = []
+    for number in range(4):
+        if number == 2 and rank == 1:
+            grads["w"] = grads["w"].flip(0)
+        messages = exchange(transport, sender.compress(grads), 16 + 2 * 5)
+        counts.append((transport.equal, transport.unequal, [len(m) for m in messages]))
+    return counts
+
+
+def test_second_phase_comes_only_when_somebody_refreshes():
+    header = 26
+    for counts in run_ranks(exchange_rounds, 3, 3):
+        assert [(equal, unequal) for equal, unequal, _ in counts] == [
+            (1, 1),
+            (2, 1),
+            (3, 2),
+            (4, 2),
+        ]
+        assert counts[1][2] == [header] * 3
+        first, second, third = counts[2][2]
+        assert (first, third) == (header, header)
+        assert second > 1200
+
+
+def average_rounds(rank, world, compressor):
+    run = {}
+    likes = {"w": torch.empty(40, 30), "h": torch.empty(50, dtype=torch.float16)}
+    averager = Averager(compressor, likes, transport_of(world))
+    generator = torch.Generator().manual_seed(rank)
+    for number in range(6):
+        grads = {
+            name: torch.randn(like.shape, generator=generator).to(like.dtype)
+            for name, like in likes.items()
+        }
+        into = {name: torch.zeros(like.shape) for name, like in likes.items()}
+        averages, _ = averager.average(grads, into)
+        run[number] = grads, {name: average.clone() for name, average in averages.items()}
+    return run
+
+
+@pytest.mark.parametrize("compressor", [Identity(), LBGM(delta=0.9), LBGM(TopK(0.1))], ids=repr)
+def test_averages_are_the_same_bits_on_every_rank(compressor):
+    results = run_ranks(average_rounds, 4, 4, compressor)
+    for number in range(6):
+        for name in ("w", "h"):
+            averages = [result[number][1][name] for result in results]
+            assert all(torch.equal(average, averages[0]) for average in averages)
+            if compressor == Identity():
+                exact = torch.stack([result[number][0][name].double() for result in results])
+                assert torch.allclose(averages[0].double(), exact.mean(0), atol=1e-6)
+
+
+def fail_to_encode(rank):
+    averager = Averager(LBGM(), {"w": torch.empty(4)}, transport_of(3))
+    grads = {"w": torch.ones(5 if rank == 1 else 4)}
+    averager.sender.compress({"w": torch.ones(4)})
+    averager.average(grads, {"w": torch.zeros(4)})
+
+
+def test_rank_that_cannot_encode_tells_the_others():
+    first, second, third = run_ranks(fail_to_encode, 3, failures=True)
+    assert "'w' has shape" in second.message
+    assert (
+        first.message == third.message == "rank 1 failed before it could send: see the error there"
+    )
