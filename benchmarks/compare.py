@@ -11,18 +11,26 @@ import math
 import platform
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
+from command_line import Parser, check_folder
 from datasets import DATASETS, DatasetMissing, load
 from federated import Training, run
 from models import MODELS, parameters
 from partition import check_scheme, partition
-from report import MethodResult, human_bytes, summarise, write_files, write_rounds
+from report import (
+    MethodResult,
+    cells,
+    headings,
+    human_bytes,
+    summarise,
+    write_files,
+    write_rounds,
+)
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,13 +42,6 @@ from lbgm_compress.expression import parse_compressors
 # Options that only shape the default methods, with their defaults.
 METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}
 INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def positive(text: str) -> int:
@@ -78,7 +79,7 @@ def number_in(low: float, high: float, *, open_low: bool = False) -> Any:
 
 def build_parser() -> Parser:
     """Build the command line."""
-    parser = Parser(prog="compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser("compare.py", __doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="digits", help="images (default: digits)")
     add(
@@ -258,12 +259,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
     # All data sets here have ten classes, so that this need not wait for them.
     check_scheme(options.partition, classes=10)
     folder = Path(options.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {folder}: cannot write there: {error.strerror}") from None
+    check_folder(folder)
     try:
         dataset = load(options.dataset, options.data_dir, options.seed)
     except DatasetMissing as error:
@@ -337,21 +333,12 @@ def train(
 def table_of(rows: list[dict[str, Any]], target: float | None) -> Table:
     """Lay out the summary."""
     table = Table(title="Uplink bytes against accuracy")
-    table.add_column("method", no_wrap=True)
-    until = "bytes to target" if target is None else f"bytes to {target:.1%}"
-    for head in ("final acc.", "best", "uplink", "of dense", "recycled", until):
-        table.add_column(head, justify="right")
+    first, *others = headings(target)
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right")
     for row in rows:
-        reached = row["bytes_to_target"]
-        table.add_row(
-            row["method"] + ("" if row["finished"] else f" (round {row['rounds']})"),
-            f"{row['final_accuracy']:.2%}",
-            f"{row['best_accuracy']:.2%}",
-            human_bytes(row["uplink_bytes"]),
-            f"{row['ratio_to_dense']:.2%}",
-            f"{row['recycled_share']:.0%}",
-            "-" if reached is None else human_bytes(reached),
-        )
+        table.add_row(*cells(row))
     return table
 
 

@@ -7,7 +7,6 @@ can cost, and `torch.topk` on every tensor with int64 indices, which is how GRAC
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gc
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from command_line import Parser, check_file
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -240,19 +240,22 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="encode.py",
-        description="Measure how long compressors take for the 161 gradients of ResNet-50 on the "
+    parser = Parser(
+        "encode.py",
+        "Measure how long compressors take for the 161 gradients of ResNet-50 on the "
         "CPU, as medians in ms and as ratios to peers measured in the same run.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--repeats", type=int, default=15, metavar="N", help="measurements of each (default: 15)")
     add("--seed", type=int, default=0, help="seed of the gradients (default: 0)")
     add(
-        "--out", type=Path, default=Path("encode.csv"), metavar="FILE", help="(default: encode.csv)"
+        "--out",
+        type=Path,
+        default=Path("encode.csv"),
+        metavar="FILE",
+        help="CSV to write (default: encode.csv)",
     )
     return parser
 
@@ -264,9 +267,9 @@ def main(arguments: list[str]) -> int:
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats} is not a whole number of at least 1")
     try:
-        options.out.touch()
-    except OSError as error:
-        parser.error(f"--out {options.out}: cannot write there: {error.strerror}")
+        check_file(options.out)
+    except ValueError as error:
+        parser.error(str(error))
     console = Console(width=None if sys.stdout.isatty() else 140)
     parts = (angles, selections, factors)
     rows: list[Row] = []

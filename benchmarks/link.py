@@ -23,10 +23,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from command_line import Parser, check_folder
 from datasets import Dataset, DatasetMissing, load
 from models import build
 from rich.console import Console
@@ -478,13 +479,6 @@ def draw(folder: Path, epochs: Sequence[Epoch]) -> list[Path]:
 # --- the command line ----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Return a reader of comma-separated values."""
 
@@ -496,7 +490,7 @@ def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def build_parser() -> Parser:
     """Build the command line."""
-    parser = Parser(prog="link.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser("link.py", __doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--rates", type=listed(float), default=[10.0, 100.0, 1000.0], metavar="LIST",
         help="rates of the links in Mbit/s (default: 10,100,1000)")  # fmt: skip
@@ -560,12 +554,7 @@ def check(options: argparse.Namespace) -> list[str]:
     reason = missing()
     if reason is not None:
         raise ValueError(reason)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=options.out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {options.out}: cannot write there: {error.strerror}") from None
+    check_folder(options.out)
     return methods
 
 

@@ -20,7 +20,16 @@ from federated import Round
 
 from lbgm_compress import LBGM, Compressor, ErrorFeedback
 
-__all__ = ["FILES", "MethodResult", "human_bytes", "summarise", "write_files", "write_rounds"]
+__all__ = [
+    "FILES",
+    "MethodResult",
+    "cells",
+    "headings",
+    "human_bytes",
+    "summarise",
+    "write_files",
+    "write_rounds",
+]
 
 FILES = (
     "rounds.csv",
@@ -112,6 +121,26 @@ def summarise(
             }
         )
     return rows
+
+
+def headings(target: float | None) -> list[str]:
+    """Return the headings of a table of `cells`."""
+    until = "bytes to target" if target is None else f"bytes to {target:.1%}"
+    return ["method", "final accuracy", "best", "uplink", "of dense", "recycled", until]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Write a row of `summarise` for a reader."""
+    reached = row["bytes_to_target"]
+    return [
+        row["method"] + ("" if row["finished"] else f" (stopped at round {row['rounds']})"),
+        f"{row['final_accuracy']:.2%}",
+        f"{row['best_accuracy']:.2%}",
+        human_bytes(row["uplink_bytes"]),
+        f"{row['ratio_to_dense']:.2%}",
+        f"{row['recycled_share']:.0%}",
+        "not reached" if reached is None else human_bytes(reached),
+    ]
 
 
 def write_rounds(folder: Path, results: Sequence[MethodResult]) -> None:
@@ -269,22 +298,11 @@ img { width: 100%; height: auto } .note { color: #a40 }
 
 
 def _page(rows: Sequence[dict[str, Any]], about: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    target = about["target_accuracy"]
-    until = "bytes to target" if target is None else f"bytes to {target:.1%}"
-    heads = ["method", "final accuracy", "best", "uplink", "of dense", "recycled", until]
-    body = []
-    for row in rows:
-        reached = row["bytes_to_target"]
-        cells = [
-            row["method"] + ("" if row["finished"] else f" (stopped at round {row['rounds']})"),
-            f"{row['final_accuracy']:.2%}",
-            f"{row['best_accuracy']:.2%}",
-            human_bytes(row["uplink_bytes"]),
-            f"{row['ratio_to_dense']:.2%}",
-            f"{row['recycled_share']:.0%}",
-            "not reached" if reached is None else human_bytes(reached),
-        ]
-        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    heads = headings(about["target_accuracy"])
+    body = [
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
+        for row in rows
+    ]
     options = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
         for name, value in {**about["arguments"], **about["versions"]}.items()

@@ -7,7 +7,6 @@ two bytes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from command_line import Parser, check_file
 from datasets import load
 from models import build
 from rich.console import Console
@@ -165,13 +165,12 @@ def real_positions(seed: int) -> Iterator[Row]:
         yield Row(f"{kind}: all {len(rows):,} together", total, bound)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="wire.py",
-        description="Measure what messages weigh, in bytes, and compare it with what they may "
+    parser = Parser(
+        "wire.py",
+        "Measure what messages weigh, in bytes, and compare it with what they may "
         "weigh. The exit status is 1 if a bound is broken.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     out = Path("wire.csv")
@@ -204,9 +203,9 @@ def main(arguments: list[str]) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        options.out.touch()
-    except OSError as error:
-        parser.error(f"--out {options.out}: cannot write there: {error.strerror}")
+        check_file(options.out)
+    except ValueError as error:
+        parser.error(str(error))
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("measuring sizes"):
         measured = list(rows(options.seed))

@@ -40,8 +40,9 @@ def run_ranks(
     timeout: float = 60,
     group_timeout: float = 60,
     failures: bool = False,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Run ``function(rank, *arguments)`` on `world` ranks of a gloo group, and return the results.
+    """Run ``function(rank, *arguments)`` on `world` ranks of a group, and return the results.
 
     With `failures`, what a rank raises comes back as `Failed`, and None where a rank died; else the
     first one fails the test. No process is left behind.
@@ -51,7 +52,10 @@ def run_ranks(
         processes = [
             CONTEXT.Process(
                 target=_main,
-                args=(rank, world, folder, group_timeout, pipes[rank][1], function, arguments),
+                args=(
+                    *(rank, world, backend, folder, group_timeout, pipes[rank][1]),
+                    *(function, arguments),
+                ),
                 daemon=True,
             )
             for rank in range(world)
@@ -84,6 +88,7 @@ def run_ranks(
 def _main(
     rank: int,
     world: int,
+    backend: str,
     folder: str,
     group_timeout: float,
     pipe: Any,
@@ -95,7 +100,7 @@ def _main(
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=(Path(folder) / "store").as_uri(),
         rank=rank,
         world_size=world,

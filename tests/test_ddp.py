@@ -522,6 +522,35 @@ def test_without_a_process_group_the_error_says_what_to_call():
         CompressionState(LBGM(), Net().named_parameters())
 
 
+def on_a_gpu(rank, compressor):
+    torch.cuda.set_device(0)
+    results = []
+    for hook in (False, True):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Net().cuda(), bucket_cap_mb=SMALL_BUCKETS)
+        state = hooked(model, compressor) if hook else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for step in range(20):
+            x, y = data(rank, step)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x.cuda()), y.cuda()).backward()
+            optimizer.step()
+        results.append({name: p.cpu() for name, p in parameters(model).items()})
+    return (*results, state.stats()["ratio"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("compressor", [Identity(), LBGM(delta=0), LBGM(TopK(0.1))], ids=repr)
+def test_hook_works_on_nccl(compressor):
+    [(plain, compressed, ratio)] = run_ranks(on_a_gpu, 1, compressor, timeout=150, backend="nccl")
+    assert ratio < 1.05
+    if compressor != LBGM(TopK(0.1)):
+        for name, expected in plain.items():
+            assert torch.allclose(compressed[name], expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.timeout(200)
 def test_example_trains_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

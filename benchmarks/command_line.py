@@ -1,0 +1,50 @@
+"""What the scripts' command lines share: errors in one line, before anything is done."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["Parser", "check_file", "check_folder"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which takes no abbreviations."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder of ``--out``, if there is none.
+
+    Raises
+    ------
+    ValueError
+        If nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot write there: {error.strerror}") from None
+
+
+def check_file(file: Path) -> None:
+    """Make the file of ``--out``, if there is none.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be written.
+    """
+    try:
+        file.touch()
+    except OSError as error:
+        raise ValueError(f"--out {file}: cannot write there: {error.strerror}") from None
