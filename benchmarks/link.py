@@ -46,12 +46,16 @@ METHODS = (
     *PEERS,
     "ErrorFeedback(TopK(0.01))",
     "ErrorFeedback(SignSGD(scaled=True))",
+    "ErrorFeedback(Atomo(4))",
     "LBGM(delta=0.2)",
     "LBGM(delta=0.5)",
     "LBGM(TopK(0.01), delta=0.2)",
     "LBGM(TopK(0.01), delta=0.5)",
     "LBGM(ErrorFeedback(TopK(0.01)), delta=0.2)",
     "LBGM(ErrorFeedback(TopK(0.01)), delta=0.5)",
+    "LBGM(Atomo(4), delta=0.2)",
+    "LBGM(ErrorFeedback(Atomo(4)), delta=0.2)",
+    "LBGM(ErrorFeedback(Atomo(4)), delta=0.5)",
 )
 # Images a step of all ranks together.
 CASES = {"large": 1024, "small": 64}
@@ -429,12 +433,13 @@ def draw(folder: Path, epochs: Sequence[Epoch]) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps, pyplot
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     files = []
-    colours = {
-        method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(e.method for e in epochs))
-    }
+    methods = dict.fromkeys(epoch.method for epoch in epochs)
+    palette = colormaps["tab20"].colors
+    colours = {method: palette[i % len(palette)] for i, method in enumerate(methods)}
     lines = {method: "--" if "LBGM" in method else "-" for method in colours}
 
     def save(name: str, figure: Any, axes: Any, title: str) -> None:
@@ -454,7 +459,9 @@ def draw(folder: Path, epochs: Sequence[Epoch]) -> list[Path]:
             axes.plot(times, [e.accuracy for e in run], markersize=3, label=method, **style)
         axes.set_xscale("log")
         axes.set_xlabel("training time in s (log scale)")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_ylabel("test accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         title = f"{case} batches, {ranks} ranks, {mbit:g} Mbit/s"
         save(f"accuracy-{case}-{ranks}-{mbit:g}.png", figure, axes, title)
     for (case, ranks), some in itertools.groupby(
