@@ -436,6 +436,28 @@ def test_error_while_encoding_reaches_the_caller_with_its_own_message():
     assert "load a checkpoint" in later
 
 
+class Undecodable(Identity):
+    """Cannot be read on rank 0."""
+
+    def decode(self, head, body, state, like):
+        if dist.get_rank() == 0:
+            raise ArithmeticError("this gradient cannot be decoded")
+        return super().decode(head, body, state, like)
+
+
+def undecodable(rank):
+    model = build()
+    hooked(model, Undecodable())
+    train(model, rank, 1)
+
+
+@pytest.mark.timeout(120)
+def test_error_while_decoding_reaches_the_caller_and_the_others_do_not_hang():
+    first, second = run_ranks(undecodable, 2, failures=True, timeout=50, group_timeout=20)
+    assert (first.kind, first.message) == ("ArithmeticError", "this gradient cannot be decoded")
+    assert second.kind == "RuntimeError"
+
+
 def memory(rank, compressor):
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(1000, 250))
