@@ -60,6 +60,7 @@ METHODS = (
 # Images a step of all ranks together.
 CASES = {"large": 1024, "small": 64}
 PORT = 29500
+INTERRUPTED = 130
 MEGABYTES = 4_000_000
 COLUMNS = (
     "case",
@@ -113,14 +114,12 @@ def missing() -> str | None:
             return f"there is no {tool!r}: install Debian's package iproute2"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    name = f"lbgm-{os.getpid()}-try"
     try:
-        with namespace(name):
-            ends = ("type", "veth", "peer", "name", "eth1")
-            run_command("ip", "-n", name, "link", "add", "eth0", *ends)
-            run_command("tc", "-n", name, *shape("eth0", 1))
+        with network(2, 100):
+            pass
     except subprocess.CalledProcessError as error:
-        return f"this machine allows no shaped links in network namespaces: {error.stderr.strip()}"
+        words = f"{' '.join(error.cmd)}: {error.stderr.strip()}"
+        return f"this machine allows no shaped links in network namespaces: {words}"
     return None
 
 
@@ -567,14 +566,14 @@ def check(options: argparse.Namespace) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
+    # So that namespaces are removed when somebody stops the run in another way than by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
         methods = check(options)
     except ValueError as error:
         parser.error(str(error))
-    # So that namespaces are removed when somebody stops the run in another way than by Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(width=None if sys.stdout.isatty() else 140)
     epochs: list[Epoch] = []
     probes: list[dict[str, Any]] = []
@@ -624,7 +623,7 @@ def main(arguments: list[str]) -> int:
     if epochs:
         draw(options.out, epochs)
     console.print(f"Results are in {options.out}.", soft_wrap=True)
-    return 130 if interrupted else 0
+    return INTERRUPTED if interrupted else 0
 
 
 def probe_table(probes: Sequence[dict[str, Any]]) -> Table:
@@ -667,4 +666,7 @@ if __name__ == "__main__":
     if "LBGM_LINK_TASK" in os.environ:
         rank_main(json.loads(os.environ["LBGM_LINK_TASK"]))
         sys.exit(0)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
