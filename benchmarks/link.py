@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +61,7 @@ METHODS = (
 CASES = {"large": 1024, "small": 64}
 PORT = 29500
 INTERRUPTED = 130
-MEGABYTES = 4_000_000
-COLUMNS = (
-    "case",
-    "ranks",
-    "mbit",
-    "method",
-    "epoch",
-    "steps",
-    "seconds",
-    "step_ms",
-    "interface_bytes",
-    "message_bytes",
-    "recycled_share",
-    "accuracy",
-)
+PROBE_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -330,7 +316,7 @@ def probe(mbit: float) -> None:
     ranks = dist.get_world_size()
     group = dist.new_group(list(range(ranks)))
     transport = ProcessGroupTransport(group)
-    sizes = [MEGABYTES if other == 1 else 0 for other in range(ranks)]
+    sizes = [PROBE_BYTES if other == 1 else 0 for other in range(ranks)]
     parts = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
     eight, head = torch.zeros(8, dtype=torch.uint8), torch.zeros(16 + 8 * 5, dtype=torch.uint8)
     steps: dict[str, tuple[int, Callable[[], object]]] = {
@@ -351,8 +337,8 @@ def probe(mbit: float) -> None:
         everyone: list[Any] = [None] * ranks
         dist.all_gather_object(everyone, times)
         found[name] = statistics.median(max(taken) for taken in zip(*everyone, strict=True))
-    # What the link itself takes for one hop; with two ranks and more there is always one.
-    found["link_ms"] = MEGABYTES * 8 / (mbit * 1e6) * 1e3
+    # What the link itself takes for one hop.
+    found["link_ms"] = PROBE_BYTES * 8 / (mbit * 1e6) * 1e3
     say(probe=found)
 
 
@@ -376,7 +362,7 @@ def rank_main(task: dict[str, Any]) -> None:
 def write_csv(file: Path, epochs: Sequence[Epoch]) -> None:
     """Write a row for each epoch."""
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(out, [f.name for f in fields(Epoch)], lineterminator="\n")
         writer.writeheader()
         for epoch in epochs:
             row = asdict(epoch)

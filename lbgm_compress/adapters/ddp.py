@@ -22,6 +22,7 @@ average and the messages of all ranks, at most K B.
 import contextlib
 import datetime
 import hashlib
+import itertools
 import queue
 import threading
 import warnings
@@ -228,26 +229,26 @@ class CompressionState:
 
         def work() -> None:
             # Without a result the backward pass would never end; its last hook raises the error.
-            result = buffer
             try:
                 if self._failure is None:
                     with _stream_after(ready, buffer.device):
-                        result = self._average(buffer, grads)
-                        future.set_result(result)
-                        return
+                        future.set_result(self._average(buffer, grads))
+                    return
             except BaseException as error:
                 self._failure = error
-            future.set_result(result)
+            future.set_result(buffer)
 
         self._worker.submit(work)
         if last:
-            self._worker.wait()
-            # Read anew: the worker may have set it.
-            failure: BaseException | None = getattr(self, "_failure", None)
-            if failure is not None:
-                self._broken = True
-                raise failure
+            self._end_step()
         return future
+
+    def _end_step(self) -> None:
+        """Wait for the worker, and raise what it met."""
+        self._worker.wait()
+        if self._failure is not None:
+            self._broken = True
+            raise self._failure
 
     def _average(self, buffer: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
         if not self._checked:
@@ -292,23 +293,13 @@ class CompressionState:
         theirs: list[Any] = [None] * transport.size
         assert isinstance(transport, ProcessGroupTransport)
         dist.all_gather_object(theirs, mine, group=transport.group)
-        first = theirs[0]
         for rank, other in enumerate(theirs):
-            differing = [
-                (a, b)
-                for a, b in zip(
-                    first + [None] * (len(other) - len(first)),
-                    other + [None] * (len(first) - len(other)),
-                    strict=True,
-                )
-                if a != b
-            ]
-            if differing:
-                a, b = (item or "nothing" for item in differing[0])
-                raise ValueError(
-                    f"the ranks were given different compressors or models: rank 0 has {a} where "
-                    f"rank {rank} has {b}"
-                )
+            for a, b in itertools.zip_longest(theirs[0], other, fillvalue="nothing"):
+                if a != b:
+                    raise ValueError(
+                        f"the ranks were given different compressors or models: rank 0 has {a} "
+                        f"where rank {rank} has {b}"
+                    )
 
 
 def compression_hook(
