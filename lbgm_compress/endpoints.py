@@ -339,6 +339,10 @@ class Receiver:
         sizes = (self.compressor.head_size(self._like[name]) for name in self._names(names))
         return HEADER_SIZE + sum(sizes)
 
+    def senders(self) -> list[int | str]:
+        """Return the ids of the senders of whom this receiver holds something."""
+        return list(self._senders)
+
     def drop(self, sender_id: int | str) -> None:
         """Forget a sender, known or not."""
         self._senders.pop(sender_id, None)

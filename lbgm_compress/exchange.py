@@ -1,9 +1,9 @@
-"""Messages of unequal size between ranks, and the average of what they stand for.
+"""Messages of unequal size between ranks.
 
-A message is a head of fixed size and a body (`lbgm_compress.wire.message`). An exchange takes two
-phases: all ranks gather the heads in one collective of fixed size; only if some head announces a
-body do they gather the bodies. When every tensor of every rank is recycled, there is no second
-phase.
+A message is a head of fixed size and a body (`lbgm_compress.wire.message`). An exchange over a
+process group takes two phases: all ranks gather the heads in one collective of fixed size; only if
+some head announces a body do they gather the bodies. When every tensor of every rank is recycled,
+there is no second phase.
 
 The bodies of a group on the CPU go round a ring in chunks, so that a rank passes on the beginning
 of a body while its end is still on its way: a single large body takes about its own time on one
@@ -13,41 +13,37 @@ link, whatever the number of ranks. A group on GPUs gathers bodies that are padd
 from __future__ import annotations
 
 import abc
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbgm_compress.compressor import Compressor
-from lbgm_compress.endpoints import Receiver, Sender, TensorReport
 from lbgm_compress.wire.message import body_size
 
-__all__ = ["Averager", "ProcessGroupTransport", "Transport", "exchange"]
+__all__ = ["ProcessGroupTransport", "Transport", "body_sizes", "exchange", "gather_texts"]
 
 # Large enough to fill a link, small enough to keep all links of a ring busy.
 CHUNK = 256 * 1024
+# So much of a head says how long the message is.
+FRONT = 8
 
 
 class Transport(abc.ABC):
     """What an engine has to offer."""
 
     rank: int
-    """This rank, from 0."""
+    """This rank, from 0; with elastic engines it may change."""
     size: int
-    """The number of ranks."""
+    """The number of ranks; with elastic engines it may change."""
 
     @abc.abstractmethod
     def gather_equal(self, data: Tensor) -> Tensor:
         """Gather `data` (n; uint8), of one size on all ranks, as the rows of a (size, n) tensor."""
 
     @abc.abstractmethod
-    def gather_unequal(self, parts: Sequence[Tensor]) -> None:
-        """Fill every rank's part (uint8, contiguous), of sizes that all ranks know.
-
-        ``parts[rank]`` holds this rank's own data; the others are overwritten.
-        """
+    def start(self, message: Tensor, head_size: int) -> Callable[[], list[Tensor]]:
+        """Begin to gather one message of every rank, and return what ends it: see `exchange`."""
 
 
 class ProcessGroupTransport(Transport):
@@ -63,7 +59,31 @@ class ProcessGroupTransport(Transport):
         dist.all_gather(list(rows), data, group=self.group)
         return rows
 
+    def start(self, message: Tensor, head_size: int) -> Callable[[], list[Tensor]]:
+        # Collectives that gloo runs side by side get mixed up: this one is over when it returns.
+        messages = self._gather(message, head_size)
+        return lambda: messages
+
+    def _gather(self, message: Tensor, head_size: int) -> list[Tensor]:
+        heads = self.gather_equal(message[:head_size])
+        sizes = body_sizes(heads[:, :FRONT])
+        if not any(sizes):
+            return list(heads)
+        messages = []
+        for rank, size in enumerate(sizes):
+            if rank == self.rank:
+                messages.append(message)
+            else:
+                messages.append(heads.new_empty(head_size + size))
+                messages[rank][:head_size] = heads[rank]
+        self.gather_unequal([whole[head_size:] for whole in messages])
+        return messages
+
     def gather_unequal(self, parts: Sequence[Tensor]) -> None:
+        """Fill every rank's part (uint8, contiguous), of sizes that all ranks know.
+
+        ``parts[rank]`` holds this rank's own data; the others are overwritten.
+        """
         if self.size == 1:
             return
         if parts[self.rank].device.type == "cpu":
@@ -133,95 +153,36 @@ def exchange(transport: Transport, message: Tensor, head_size: int) -> list[Tens
     RuntimeError
         If a rank had no message, or with the engine's own message if it cannot be reached.
     """
-    heads = transport.gather_equal(message[:head_size])
-    fronts = [bytes(front) for front in heads[:, :8].tolist()]
+    return transport.start(message, head_size)()
+
+
+def body_sizes(fronts: Tensor) -> list[int]:
+    """Read from every rank's first 8 bytes (size, 8; uint8) how many follow its message's head.
+
+    Raises
+    ------
+    PayloadError
+        If a rank sends another version of the wire format.
+    RuntimeError
+        If a rank had no message.
+    """
+    rows = [bytes(front) for front in fronts.tolist()]
     # No version is 0.
-    failed = [rank for rank, front in enumerate(fronts) if not any(front)]
+    failed = [rank for rank, front in enumerate(rows) if not any(front)]
     if failed:
         ranks = "rank " + ", ".join(map(str, failed))
         raise RuntimeError(f"{ranks} failed before it could send: see the error there")
-    sizes = [body_size(front) for front in fronts]
-    if not any(sizes):
-        return list(heads)
-    messages = []
-    for rank, size in enumerate(sizes):
-        if rank == transport.rank:
-            messages.append(message)
-        else:
-            messages.append(heads.new_empty(head_size + size))
-            messages[rank][:head_size] = heads[rank]
-    transport.gather_unequal([whole[head_size:] for whole in messages])
-    return messages
+    return [body_size(front) for front in rows]
 
 
-class Averager:
-    """Every rank's sender, and a receiver for the other ranks.
-
-    All ranks add up the same decoded tensors in rank order, so that their averages agree bit for
-    bit. A rank does not decode its own message: what it stands for is known from encoding.
-
-    Parameters
-    ----------
-    compressor
-        What all ranks use.
-    like
-        Tensors with the names, shapes, dtypes and device of the gradients.
-    transport
-        What connects the ranks.
-    """
-
-    def __init__(
-        self, compressor: Compressor, like: Mapping[str, Tensor], transport: Transport
-    ) -> None:
-        self.transport = transport
-        self.sender = Sender(compressor, seed=transport.rank)
-        self.receiver = Receiver(compressor, like)
-
-    def average(
-        self, grads: Mapping[str, Tensor], into: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], int]:
-        """Average `grads` over all ranks.
-
-        Parameters
-        ----------
-        grads
-            This rank's gradients by name: any part of the tensors, the same on all ranks.
-        into
-            Zeros of the same shapes to add up in.
-
-        Returns
-        -------
-        averages
-            By name: the tensors of `into`, or new ones if the compressor finishes the average.
-        size
-            What this rank's message weighs, in bytes.
-        """
-        head_size = self.receiver.head_size(grads)
-        try:
-            message, own = self.sender.encode(grads)
-        except Exception:
-            # The other ranks wait for a head.
-            device = next(iter(into.values())).device
-            nothing = torch.zeros(head_size, dtype=torch.uint8, device=device)
-            with contextlib.suppress(RuntimeError):
-                exchange(self.transport, nothing, head_size)
-            raise
-        messages = exchange(self.transport, message, head_size)
-        weight = 1 / self.transport.size
-        for rank, received in enumerate(messages):
-            if rank == self.transport.rank:
-                for name, decoded in own.items():
-                    decoded.add_to(into[name], weight)
-            else:
-                self.receiver.accumulate(rank, received, into, weight, names=grads)
-        return self.receiver.finish({name: into[name] for name in grads}), message.numel()
-
-    def report(self) -> dict[str, TensorReport]:
-        """Return what became of each tensor of this rank's last message."""
-        return self.sender.report()
-
-    def reset(self) -> None:
-        """Forget what the ranks look back at: the next messages are full. Residuals stay."""
-        self.sender.reset()
-        for rank in range(self.transport.size):
-            self.receiver.drop(rank)
+def gather_texts(transport: Transport, text: str, device: torch.device) -> list[str]:
+    """Gather a text of every rank, in rank order, through tensors on `device`."""
+    # With a byte in front, as no tensor may be empty.
+    data = torch.frombuffer(bytearray(b" " + text.encode()), dtype=torch.uint8)
+    length = torch.tensor([data.numel()]).view(torch.uint8)
+    gathered = transport.gather_equal(length.to(device)).cpu().contiguous()
+    lengths = gathered.view(torch.int64).view(-1).tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: data.numel()] = data
+    rows = transport.gather_equal(padded.to(device)).tolist()
+    return [bytes(row[1:end]).decode() for row, end in zip(rows, lengths, strict=True)]

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from lbgm_compress import LBGM, Identity, Sender, TopK
-from lbgm_compress.exchange import CHUNK, Averager, ProcessGroupTransport, exchange
+from lbgm_compress.averaging import Averager
+from lbgm_compress.exchange import CHUNK, ProcessGroupTransport, exchange, gather_texts
 from tests.ranks import run_ranks
 
 SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -92,6 +93,7 @@ def average_rounds(rank, world, compressor):
     run = {}
     likes = {"w": torch.empty(40, 30), "h": torch.empty(50, dtype=torch.float16)}
     averager = Averager(compressor, likes, transport_of(world))
+    averager.agree()
     generator = torch.Generator().manual_seed(rank)
     for number in range(6):
         grads = {
@@ -99,7 +101,7 @@ def average_rounds(rank, world, compressor):
             for name, like in likes.items()
         }
         into = {name: torch.zeros(like.shape) for name, like in likes.items()}
-        averages, _ = averager.average(grads, into)
+        averages = averager.start(grads)(into)
         run[number] = grads, {name: average.clone() for name, average in averages.items()}
     return run
 
@@ -120,7 +122,8 @@ def fail_to_encode(rank):
     averager = Averager(LBGM(), {"w": torch.empty(4)}, transport_of(3))
     grads = {"w": torch.ones(5 if rank == 1 else 4)}
     averager.sender.compress({"w": torch.ones(4)})
-    averager.average(grads, {"w": torch.zeros(4)})
+    averager.agree()
+    averager.start(grads)({"w": torch.zeros(4)})
 
 
 def test_rank_that_cannot_encode_tells_the_others():
@@ -129,3 +132,22 @@ def test_rank_that_cannot_encode_tells_the_others():
     assert (
         first.message == third.message == "rank 1 failed before it could send: see the error there"
     )
+
+
+def texts(rank, world):
+    return gather_texts(transport_of(world), "ü" * (rank * 300), torch.device("cpu"))
+
+
+def test_texts_of_any_length_arrive_at_every_rank():
+    assert run_ranks(texts, 3, 3) == [["", "ü" * 300, "ü" * 600]] * 3
+
+
+def weighted(rank):
+    averager = Averager(Identity(), {"w": torch.empty(3)}, transport_of(3), weight=1 + rank)
+    averager.agree()
+    return averager.start({"w": torch.full((3,), 6.0 * rank)})({"w": torch.zeros(3)})["w"]
+
+
+def test_ranks_count_by_their_weights():
+    for average in run_ranks(weighted, 3):
+        assert torch.allclose(average, torch.full((3,), (0 * 1 + 6 * 2 + 12 * 3) / 6))
