@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lbgm_compress.compressor import Compressor
 from lbgm_compress.endpoints import Receiver, Sender
 from lbgm_compress.exchange import Transport, gather_texts
 
-__all__ = ["Averager", "Worker", "ready_event", "stream_after", "sum_dtype"]
+__all__ = ["Average", "Averager", "Worker", "ready_event", "stream_after", "sum_dtype"]
 
 FORMAT = 1
 STATE_KEYS = frozenset({"format", "rank", "world_size", "step", "sender", "receiver"})
@@ -50,6 +50,17 @@ class Traffic:
             "ratio": self.message_bytes / self.dense_bytes if self.dense_bytes else 0.0,
             "recycled_share": self.recycled / self.steps if self.steps else 0.0,
         }
+
+
+class Average(NamedTuple):
+    """An average that is under way."""
+
+    ready: Callable[[], bool]
+    """Says whether all messages are here."""
+    finish: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """Waits for them, and adds up in the given tensors, which have the gradients' shapes and hold
+    zeros; returns the averages by name: those tensors, or new ones if the compressor finishes
+    the average."""
 
 
 class Averager:
@@ -166,20 +177,11 @@ class Averager:
         self._shares = [weight / total for _, weight in numbers]
         self._members = self.transport.rank, self.transport.size
 
-    def start(self, grads: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Any]:
+    def start(self, grads: Mapping[str, Tensor]) -> Average:
         """Encode gradients, and begin to exchange them.
 
-        Parameters
-        ----------
-        grads
-            This rank's gradients by name: any part of the tensors, the same on all ranks.
-
-        Returns
-        -------
-        callable
-            What ends the exchange: it takes tensors of the same shapes, which hold zeros, to add
-            up in, and returns the averages by name: those tensors, or new ones if the compressor
-            finishes the average.
+        `grads` are this rank's gradients by name: any part of the tensors, the same on all ranks.
+        They must not change until the average is finished.
         """
         head_size = self.receiver.head_size(grads)
         try:
@@ -188,7 +190,7 @@ class Averager:
             # The other ranks wait for a head.
             nothing = torch.zeros(head_size, dtype=torch.uint8, device=self._device)
             with contextlib.suppress(RuntimeError):
-                self.transport.start(nothing, head_size)()
+                self.transport.start(nothing, head_size, min(grads)).messages()
             raise
         self._message_bytes += message.numel()
         for name, report in self.sender.report().items():
@@ -197,10 +199,10 @@ class Averager:
             traffic.dense_bytes += grads[name].numel() * grads[name].element_size()
             traffic.recycled += report.recycled
             traffic.steps += 1
-        gather = self.transport.start(message, head_size)
+        pending = self.transport.start(message, head_size, min(grads))
 
         def finish(into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            for rank, received in enumerate(gather()):
+            for rank, received in enumerate(pending.messages()):
                 share = self._shares[rank]
                 if rank == self.transport.rank:
                     for name, decoded in own.items():
@@ -209,7 +211,7 @@ class Averager:
                     self.receiver.accumulate(rank, received, into, share, names=grads)
             return self.receiver.finish({name: into[name] for name in grads})
 
-        return finish
+        return Average(pending.ready, finish)
 
     def stats(self) -> dict[str, Any]:
         """Return what this rank has sent since it was built, warm-up aside.

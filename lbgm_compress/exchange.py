@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,29 @@ from torch import Tensor
 
 from lbgm_compress.wire.message import body_size
 
-__all__ = ["ProcessGroupTransport", "Transport", "body_sizes", "exchange", "gather_texts"]
+__all__ = [
+    "FRONT",
+    "Pending",
+    "ProcessGroupTransport",
+    "Transport",
+    "exchange",
+    "following",
+    "gather_texts",
+]
 
 # Large enough to fill a link, small enough to keep all links of a ring busy.
 CHUNK = 256 * 1024
 # So much of a head says how long the message is.
 FRONT = 8
+
+
+class Pending(NamedTuple):
+    """An exchange that is under way."""
+
+    ready: Callable[[], bool]
+    """Says whether `messages` would return at once."""
+    messages: Callable[[], list[Tensor]]
+    """Waits for the messages of all ranks, and returns them: see `exchange`."""
 
 
 class Transport(abc.ABC):
@@ -42,8 +60,11 @@ class Transport(abc.ABC):
         """Gather `data` (n; uint8), of one size on all ranks, as the rows of a (size, n) tensor."""
 
     @abc.abstractmethod
-    def start(self, message: Tensor, head_size: int) -> Callable[[], list[Tensor]]:
-        """Begin to gather one message of every rank, and return what ends it: see `exchange`."""
+    def start(self, message: Tensor, head_size: int, key: str) -> Pending:
+        """Begin to gather one message of every rank: see `exchange`.
+
+        Exchanges that are under way at one time have different keys, the same on all ranks.
+        """
 
 
 class ProcessGroupTransport(Transport):
@@ -59,14 +80,15 @@ class ProcessGroupTransport(Transport):
         dist.all_gather(list(rows), data, group=self.group)
         return rows
 
-    def start(self, message: Tensor, head_size: int) -> Callable[[], list[Tensor]]:
+    def start(self, message: Tensor, head_size: int, key: str) -> Pending:
         # Collectives that gloo runs side by side get mixed up: this one is over when it returns.
         messages = self._gather(message, head_size)
-        return lambda: messages
+        return Pending(lambda: True, lambda: messages)
 
     def _gather(self, message: Tensor, head_size: int) -> list[Tensor]:
         heads = self.gather_equal(message[:head_size])
-        sizes = body_sizes(heads[:, :FRONT])
+        fronts = heads[:, :FRONT].tolist()
+        sizes = [following(bytes(front), rank) for rank, front in enumerate(fronts)]
         if not any(sizes):
             return list(heads)
         messages = []
@@ -153,26 +175,23 @@ def exchange(transport: Transport, message: Tensor, head_size: int) -> list[Tens
     RuntimeError
         If a rank had no message, or with the engine's own message if it cannot be reached.
     """
-    return transport.start(message, head_size)()
+    return transport.start(message, head_size, "").messages()
 
 
-def body_sizes(fronts: Tensor) -> list[int]:
-    """Read from every rank's first 8 bytes (size, 8; uint8) how many follow its message's head.
+def following(front: bytes, rank: int) -> int:
+    """Read from the first `FRONT` bytes of a rank's message how many follow its head.
 
     Raises
     ------
     PayloadError
-        If a rank sends another version of the wire format.
+        If the rank sends another version of the wire format.
     RuntimeError
-        If a rank had no message.
+        If the rank had no message.
     """
-    rows = [bytes(front) for front in fronts.tolist()]
     # No version is 0.
-    failed = [rank for rank, front in enumerate(rows) if not any(front)]
-    if failed:
-        ranks = "rank " + ", ".join(map(str, failed))
-        raise RuntimeError(f"{ranks} failed before it could send: see the error there")
-    return [body_size(front) for front in rows]
+    if not any(front):
+        raise RuntimeError(f"rank {rank} failed before it could send: see the error there")
+    return body_size(front)
 
 
 def gather_texts(transport: Transport, text: str, device: torch.device) -> list[str]:

@@ -101,7 +101,7 @@ def average_rounds(rank, world, compressor):
             for name, like in likes.items()
         }
         into = {name: torch.zeros(like.shape) for name, like in likes.items()}
-        averages = averager.start(grads)(into)
+        averages = averager.start(grads).finish(into)
         run[number] = grads, {name: average.clone() for name, average in averages.items()}
     return run
 
@@ -123,7 +123,7 @@ def fail_to_encode(rank):
     grads = {"w": torch.ones(5 if rank == 1 else 4)}
     averager.sender.compress({"w": torch.ones(4)})
     averager.agree()
-    averager.start(grads)({"w": torch.zeros(4)})
+    averager.start(grads).finish({"w": torch.zeros(4)})
 
 
 def test_rank_that_cannot_encode_tells_the_others():
@@ -145,7 +145,7 @@ def test_texts_of_any_length_arrive_at_every_rank():
 def weighted(rank):
     averager = Averager(Identity(), {"w": torch.empty(3)}, transport_of(3), weight=1 + rank)
     averager.agree()
-    return averager.start({"w": torch.full((3,), 6.0 * rank)})({"w": torch.zeros(3)})["w"]
+    return averager.start({"w": torch.full((3,), 6.0 * rank)}).finish({"w": torch.zeros(3)})["w"]
 
 
 def test_ranks_count_by_their_weights():

@@ -139,7 +139,7 @@ class CompressionState(Averager):
             )
             for name, grad in grads.items()
         }
-        for name, average in self.start(grads)(into).items():
+        for name, average in self.start(grads).finish(into).items():
             if average is not into[name]:
                 into[name].copy_(average)
         return out.to(buffer.dtype)
