@@ -22,33 +22,10 @@ from lbgm_compress.adapters.ddp import CompressionState, compression_hook
 from lbgm_compress.wire.values import as_bytes
 from tests.laws import assert_same_bits, saved_and_loaded
 from tests.ranks import Failed, run_ranks
+from tests.training import Net, assert_replicas_agree, data, parameters
 
 ROOT = Path(__file__).parent.parent
 SMALL_BUCKETS = 0.004  # in MB: the model below takes nine or more
-
-
-class Net(nn.Module):
-    """Ten layers, of which one is not always used."""
-
-    def __init__(self, skip=False):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(9))
-        self.out = nn.Linear(32, 4)
-        self.skip = skip
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        for i, layer in enumerate(self.layers):
-            if not (self.skip and i == 3 and self.calls % 3):
-                x = torch.relu(layer(x))
-        return self.out(x)
-
-
-def data(rank, step, dtype=torch.float32, batch=16):
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    x = torch.randn(batch, 32, generator=generator)
-    return x.to(dtype), (x[:, :4].argmax(1))
 
 
 def build(dtype=torch.float32, skip=False, **options):
@@ -71,15 +48,6 @@ def train(model, rank, steps, optimizer=None, start=0, same_batch=False, dtype=t
         nn.functional.cross_entropy(model(x).float(), y).backward()
         optimizer.step()
     return optimizer
-
-
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_replicas_agree(results):
-    for other in results[1:]:
-        assert_same_bits(other, results[0])
 
 
 def against_plain_ddp(rank, compressor, dtype, options):

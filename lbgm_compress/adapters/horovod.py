@@ -139,8 +139,7 @@ class HorovodTransport(Transport):
     def __init__(self, hvd: Any, process_set: Any) -> None:
         self.hvd = hvd
         self.process_set = process_set
-        # A set that was never added does not know.
-        if process_set.included() is None:
+        if process_set.process_set_id is None or process_set.included() is None:
             raise ValueError(
                 "Horovod or the process set is not initialised: call hvd.init() (with "
                 "process_sets) or hvd.add_process_set() first"
@@ -161,8 +160,10 @@ class HorovodTransport(Transport):
         return int(self.process_set.size()) if self.included else 1
 
     def gather_equal(self, data: Tensor) -> Tensor:
-        name = f"{self.name}.equal"
-        rows = self.hvd.allgather(data.cpu(), name=name, process_set=self.process_set)
+        # Under a name of no optimizer's, since ranks compare here what they were given.
+        rows = self.hvd.allgather(
+            data.cpu(), name="lbgm_compress.agree", process_set=self.process_set
+        )
         return rows.view(self.size, data.numel()).to(data.device)  # type: ignore[no-any-return]
 
     def start(self, message: Tensor, head_size: int, key: str) -> Pending:
@@ -226,7 +227,7 @@ class Compression(Averager):
             raise ValueError(f"bucket_cap_mb must be above 0, not {bucket_cap_mb}")
         self._description.append(f"bucket_cap_mb {bucket_cap_mb}")
         self.horovod = transport
-        # Two optimizers of one process must not share names.
+        # Two optimizers of one process must not share the names of their exchanges.
         key = hashlib.blake2b("\n".join(self._description).encode(), digest_size=6).hexdigest()
         transport.name = f"lbgm_compress.{key}"
         self.passes = backward_passes_per_step
