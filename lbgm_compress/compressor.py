@@ -88,6 +88,11 @@ class Compressor(abc.ABC):
         """Whether a receiver of this compressor keeps state."""
         return False
 
+    @property
+    def fixed_size(self) -> bool:
+        """Whether all payloads for a tensor have one size, whatever it holds."""
+        return False
+
     def __repr__(self) -> str:
         """Return the shortest expression that builds this compressor."""
         arguments = []

@@ -34,7 +34,7 @@ x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 torch.manual_seed(hvd.rank())
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-compressor = LBGM(TopK(0.3), delta=0.9)
+compressor = LBGM(TopK(0.3), delta=0.5)
 optimizer = DistributedOptimizer(optimizer, compressor, model.named_parameters(), start_step=3)
 history: list[dict[str, object]] = []
 

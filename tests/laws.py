@@ -39,14 +39,19 @@ def saved_and_loaded(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def check_repr(compressor: Compressor) -> None:
+def check_repr(compressor: Compressor, names: Mapping[str, Any] | None = None) -> None:
     namespace = {name: getattr(lbgm_compress, name) for name in lbgm_compress.__all__}
+    namespace.update(names or {})
     assert eval(repr(compressor), namespace) == compressor
 
 
-def check_laws(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
+def check_laws(
+    compressor: Compressor,
+    run: Sequence[Mapping[str, Tensor]],
+    names_in_repr: Mapping[str, Any] | None = None,
+) -> None:
     """Check all laws on a run: one mapping of gradients a round, with the same names."""
-    check_repr(compressor)
+    check_repr(compressor, names_in_repr)
     names = list(run[0])
     senders = {n: compressor.initial_state(seed) for seed, n in enumerate(names)}
     receivers: dict[str, Any] = {n: {} for n in names}

@@ -626,7 +626,7 @@ def elastic_job(folder, event):
     command = ["-np", start, "--min-np", "2", "--max-np", "3", "--gloo", "--network-interfaces=lo"]
     command += ["--host-discovery-script", str(script), "--elastic-timeout", "60"]
     job = str(ROOT / "tests" / "elastic_job.py")
-    done = horovodrun([*command, sys.executable, job, str(folder), "110", event], timeout=150)
+    done = horovodrun([*command, sys.executable, job, str(folder), "150", event], timeout=150)
     return [json.loads(file.read_text()) for file in folder.glob("worker-*")], done.stdout
 
 
@@ -649,7 +649,7 @@ def test_elastic_job_goes_on_when_one_of_three_workers_is_killed(tmp_path):
     for worker in workers:
         assert worker["accuracy"] > 0.85
         assert check_history(worker["history"]) == (3, 2)
-        assert worker["history"][-1]["step"] == 109
+        assert worker["history"][-1]["step"] == 149
     assert "OutOfSyncError" not in printed
 
 

@@ -29,6 +29,10 @@ class Identity(Compressor):
     (41, True)
     """
 
+    @property
+    def fixed_size(self) -> bool:
+        return True
+
     def encode(self, grad: Tensor, state: State) -> Encoding:
         head = bytes([Kind.BODY])
         return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
