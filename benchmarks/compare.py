@@ -7,11 +7,12 @@ sampling of workers; what a round costs is what the workers' messages weigh.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from command_line import Parser, check_folder
 from datasets import DATASETS, DatasetMissing, load
-from federated import Training, run
+from engines import ENGINES, EngineError, check_engine, running
+from federated import Round, Training, run
 from models import MODELS, parameters
 from partition import check_scheme, partition
 from report import (
@@ -89,6 +91,13 @@ def build_parser() -> Parser:
         "dataset-fashion-mnist puts them)",
     )
     add("--model", choices=MODELS, default="fcn", help="network (default: fcn, 128 hidden units)")
+    add(
+        "--engine",
+        choices=("process", *ENGINES),
+        default="process",
+        help="what moves the messages: this process alone, or a real engine with a process for "
+        "each worker, DistributedDataParallel or Horovod on gloo (default: process)",
+    )
     add("--workers", type=positive, default=20, metavar="K", help="number of workers (default: 20)")
     add("--rounds", type=positive, default=200, metavar="N", help="rounds (default: 200)")
     add(
@@ -256,6 +265,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
         raise ValueError(f"--data-dir is for fashion-mnist, and --dataset is {options.dataset}")
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
         raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
+    check_engine(options.engine, options.participation, options.device)
     # All data sets here have ten classes, so that this need not wait for them.
     check_scheme(options.partition, classes=10)
     folder = Path(options.out)
@@ -287,8 +297,18 @@ def dense_bytes_a_round(training: Training) -> int:
     return Sender(Identity()).compress(weights).numel() * training.sampled()
 
 
+@contextlib.contextmanager
+def runner(engine: str, training: Training) -> Iterator[Callable[[Compressor], Iterator[Round]]]:
+    """Give what trains with a compressor and yields the rounds."""
+    if engine == "process":
+        yield lambda compressor: run(training, compressor)
+        return
+    with running(engine, training) as started:
+        yield started.run
+
+
 def train(
-    methods: Iterable[Compressor], training: Training, folder: Path, console: Console
+    methods: Iterable[Compressor], training: Training, folder: Path, console: Console, engine: str
 ) -> tuple[list[MethodResult], bool]:
     """Run all methods and return their rounds, and whether Ctrl-C cut them short."""
     results = [MethodResult(method, training.rounds) for method in methods]
@@ -305,12 +325,12 @@ def train(
     )
     fields = {"which": "", "round": 0, "rounds": training.rounds, "accuracy": "-", "uplink": "-"}
     try:
-        with progress:
+        with runner(engine, training) as rounds_of, progress:
             task = progress.add_task("", total=len(results) * training.rounds, **fields)
             for number, result in enumerate(results, start=1):
                 which = f"{number}/{len(results)} {result.name}"
                 uplink = 0
-                for round_ in run(training, result.compressor):
+                for round_ in rounds_of(result.compressor):
                     result.rounds.append(round_)
                     uplink += round_.uplink_bytes
                     progress.update(
@@ -333,7 +353,7 @@ def train(
 def table_of(rows: list[dict[str, Any]], target: float | None) -> Table:
     """Lay out the summary."""
     table = Table(title="Uplink bytes against accuracy")
-    first, *others = headings(target)
+    first, *others = headings(rows, target)
     table.add_column(first, no_wrap=True)
     for heading in others:
         table.add_column(heading, justify="right")
@@ -374,7 +394,8 @@ def about(
     return {
         "title": f"{options.dataset}, {options.model}, {options.workers} workers{sampled}, "
         f"{options.partition}, {steps} of {batch} images, learning rate {options.lr:g}, "
-        f"server momentum {options.server_momentum:g}, seed {options.seed}",
+        f"server momentum {options.server_momentum:g}, seed {options.seed}"
+        + ("" if options.engine == "process" else f", through {options.engine}"),
         "command": shlex.join(["python", "benchmarks/compare.py", *arguments]),
         "arguments": arguments_of(options),
         "seed": options.seed,
@@ -400,7 +421,11 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console(width=None if sys.stdout.isatty() else 140)
-    results, interrupted = train(methods, training, folder, console)
+    try:
+        results, interrupted = train(methods, training, folder, console, options.engine)
+    except EngineError as error:
+        print(f"{parser.prog}: error: --engine {options.engine}: {error}", file=sys.stderr)
+        return 1
     target = target_of(options, results)
     rows = summarise(results, dense_bytes_a_round(training), target)
     write_files(folder, results, rows, about(options, target, interrupted, arguments))

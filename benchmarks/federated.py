@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from lbgm_compress import Compressor, Receiver, Sender
 
-__all__ = ["Round", "Training", "run"]
+__all__ = ["Round", "Training", "Workers", "evaluate", "local_updates", "run"]
 
 # Floats of activations and gradients that a batch of workers may take.
 CHUNK = 32_000_000
@@ -66,6 +66,8 @@ class Round:
     recycled_share: float
     """Share of tensors sent as a look-back coefficient alone."""
     seconds: float
+    wire_bytes: int | None = None
+    """What crossed the network interface, headers included, if there was one to count at."""
 
 
 class Workers:
@@ -125,7 +127,7 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         training.dataset.test_images.to(training.device),
         training.dataset.test_labels.to(training.device),
     )
-    update = _local_updates(model, training, workers)
+    update = local_updates(model, training, workers)
     for number in range(1, training.rounds + 1):
         start = time.perf_counter()
         order = torch.randperm(len(senders), generator=sampler)
@@ -144,12 +146,12 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         for name, step in receiver.finish(mean).items():
             velocity[name].mul_(training.server_momentum).add_(step)
             weights[name] = weights[name] - training.lr * velocity[name]
-        accuracy, loss = _evaluate(model, weights, *test)
+        accuracy, loss = evaluate(model, weights, *test)
         seconds = time.perf_counter() - start
         yield Round(number, accuracy, loss, uplink, recycled / tensors, seconds)
 
 
-def _local_updates(
+def local_updates(
     model: nn.Module, training: Training, workers: Workers
 ) -> Callable[[Parameters, list[int]], Parameters]:
     """Return a function that gives all sampled workers' updates, stacked along a first axis."""
@@ -196,7 +198,7 @@ def _local_updates(
 
 
 @torch.no_grad()
-def _evaluate(
+def evaluate(
     model: nn.Module, weights: Parameters, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
     right = loss = 0.0

@@ -120,13 +120,17 @@ def summarise(
                 "seconds": sum(r.seconds for r in result.rounds),
             }
         )
+        wire = [r.wire_bytes for r in result.rounds if r.wire_bytes is not None]
+        if wire:
+            rows[-1]["wire_bytes"] = sum(wire)
     return rows
 
 
-def headings(target: float | None) -> list[str]:
+def headings(rows: Sequence[dict[str, Any]], target: float | None) -> list[str]:
     """Return the headings of a table of `cells`."""
     until = "bytes to target" if target is None else f"bytes to {target:.1%}"
-    return ["method", "final accuracy", "best", "uplink", "of dense", "recycled", until]
+    wire = ["on the wire"] if any("wire_bytes" in row for row in rows) else []
+    return ["method", "final accuracy", "best", "uplink", "of dense", "recycled", until, *wire]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -140,6 +144,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['ratio_to_dense']:.2%}",
         f"{row['recycled_share']:.0%}",
         "not reached" if reached is None else human_bytes(reached),
+        *([human_bytes(row["wire_bytes"])] if "wire_bytes" in row else []),
     ]
 
 
@@ -298,7 +303,7 @@ img { width: 100%; height: auto } .note { color: #a40 }
 
 
 def _page(rows: Sequence[dict[str, Any]], about: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    heads = headings(about["target_accuracy"])
+    heads = headings(rows, about["target_accuracy"])
     body = [
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>"
         for row in rows
@@ -321,7 +326,8 @@ def _page(rows: Sequence[dict[str, Any]], about: dict[str, Any], pictures: dict[
 <p>{html.escape(about["title"])}</p>{stopped if about["interrupted"] else ""}
 <table><tr>{"".join(f"<th>{html.escape(head)}</th>" for head in heads)}</tr>{"".join(body)}</table>
 <p>Uplink is what the messages of all workers weigh; recycled is the share of tensors that were
-sent as one look-back coefficient.</p>
+sent as one look-back coefficient. Bytes on the wire, where an engine has one, are those of the
+loopback interface: every message goes to every other worker, with headers and acknowledgements.</p>
 {images}
 <h2>Repeat it</h2><pre>{html.escape(about["command"])}</pre>
 <h2>Arguments and versions</h2><table>{options}</table></html>
