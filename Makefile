@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test check clean
+.PHONY: compare test check horovod clean
 
 compare: $(VENV)/.installed
 	$(BIN)/python benchmarks/compare.py $(ARGS)
@@ -15,6 +15,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+horovod: $(VENV)/.installed
+	$(BIN)/python -m lbgm_compress.install_horovod --constraint constraints.txt $(ARGS)
 
 $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

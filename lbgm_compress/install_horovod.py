@@ -32,7 +32,7 @@ SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 FILES = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
 BEFORE, AFTER = "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"
 # CMake 4 refuses the age of some of the bundled projects; setuptools 80 what setup.py calls.
-BUILD_TOOLS = ("cmake<4", "setuptools<80", "wheel", "packaging", "cffi", "cloudpickle")
+BUILD_TOOLS = ("cmake==3.31.6", "setuptools==79.0.1", "wheel", "packaging", "cffi", "cloudpickle")
 SETTINGS = {
     "HOROVOD_WITH_PYTORCH": "1",
     "HOROVOD_WITH_GLOO": "1",

@@ -21,6 +21,7 @@ from partition import partition
 from report import human_bytes
 
 from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from tests.horovod_ranks import needs_horovod
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -326,3 +327,78 @@ def test_one_worker_without_compression_is_plain_gradient_descent():
 )
 def test_bytes_are_written_with_three_digits(number, text):
     assert human_bytes(number) == text
+
+
+def numbers_of(folder):
+    return [
+        (row["method"], row["round"], float(row["accuracy"]), int(row["uplink_bytes"]))
+        for row in rows_of(folder)
+    ]
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", pytest.param("horovod", marks=[pytest.mark.horovod, needs_horovod])],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--partition", "dirichlet:0.5"],
+        ["--model", "cnn", "--local-steps", "2", "--batch-size", "16", "--rounds", "5"],
+    ],
+    ids=["full batch", "local steps"],
+)
+def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
+    methods = "Identity(), LBGM(), LBGM(TopK(0.1)), LBGM(Atomo(2)), LBGM(SignSGD(scaled=True))"
+    common = ["--workers", "3", "--rounds", "12", "--lr", "0.1", "--methods", methods, *arguments]
+    for name in ("process", engine):
+        done = compare(*common, "--engine", name, "--out", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "on the wire" in done.stdout
+    expected, found = numbers_of(tmp_path / "process"), numbers_of(tmp_path / engine)
+    assert len(expected) == len(found)
+    for (method, number, accuracy, uplink), other in zip(expected, found, strict=True):
+        assert other[:2] == (method, number)
+        # Float rounding may turn an image of 360, or a decision close to the threshold.
+        assert other[2] == pytest.approx(accuracy, abs=2 / 360)
+        assert other[3] == pytest.approx(uplink, rel=0.02)
+    summary = json.loads((tmp_path / engine / "summary.json").read_text())
+    for method in summary["methods"]:
+        # Every message goes to two others.
+        assert method["wire_bytes"] > 2 * method["uplink_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "ddp", "--participation", "0.5"], "all ranks take part in every round"),
+        (["--engine", "ddp", "--device", "cuda"], "--device"),
+        (["--engine", "mpi"], "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_engines_say_what_they_cannot_do(arguments, message, tmp_path):
+    process = compare(*arguments, cwd=tmp_path)
+    assert process.returncode == 2
+    [line] = process.stderr.splitlines()
+    assert message in line
+
+
+def test_engine_that_fails_shows_what_its_workers_printed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n    sys.exit('this rank is out of order')\n"
+    )
+    engine = ["--engine", "ddp", "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *SMALL, *engine],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "compare.py: error: --engine ddp:" in done.stderr
+    assert "this rank is out of order" in done.stderr
