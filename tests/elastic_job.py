@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import horovod.torch as hvd
@@ -68,9 +67,8 @@ def train(state: hvd.elastic.TorchState) -> None:
         state.step += 1
         if event == "join" and state.step >= EVENT_STEP and size == 2:
             (folder / "joining").touch()
-            # There are steps enough, but they may be over before the other has started.
+            # Else all steps might be over before the other has started.
             state.step = EVENT_STEP
-            time.sleep(0.02)
         state.commit()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lbgm_compress import (
     LBGM,
@@ -26,10 +27,13 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress.adapters.grace import FromGrace, GraceCompressor
+from lbgm_compress.averaging import Averager
+from lbgm_compress.exchange import ProcessGroupTransport
 from tests import grace_protocol as protocol
 from tests.gradients import awkward_shapes, training_run
 from tests.horovod_ranks import horovodrun, needs_horovod
 from tests.laws import assert_same_bits, check_laws
+from tests.ranks import run_ranks
 from tests.test_hostile import mutated
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +220,7 @@ def test_ours_work_in_graces_rounds_and_every_rank_gets_the_same_average(compres
     for number in range(25):
         for name in ("hidden.weight", "output.bias"):
             grads = [history[number + rank][name] for rank in range(3)]
-            averages = gather(ranks, grads, name)
+            averages = protocol.gather_round(ranks, grads, name)
             assert torch.equal(averages[0], averages[1])
             assert torch.equal(averages[0], averages[2])
             if compressor == Identity():
@@ -225,9 +229,6 @@ def test_ours_work_in_graces_rounds_and_every_rank_gets_the_same_average(compres
     # Fed-back errors of a sparsifier make each gradient unlike the one before.
     if memory is protocol.NoMemory and compressor != ErrorFeedback(LBGM(Atomo(rank=2))):
         assert bool(recycled) == compressor.looks_back
-
-
-gather = protocol.gather_round
 
 
 def test_average_is_that_of_our_own_ends():
@@ -241,7 +242,7 @@ def test_average_is_that_of_our_own_ends():
         expected = torch.zeros(32, 64)
         for rank, sender in enumerate(senders):
             receiver.accumulate(rank, sender.compress({"w": grads[rank]}), {"w": expected}, 0.5)
-        assert torch.allclose(gather(ranks, grads, "w")[0], expected, atol=1e-7)
+        assert torch.allclose(protocol.gather_round(ranks, grads, "w")[0], expected, atol=1e-7)
 
 
 def test_own_payload_can_be_decoded_again_without_a_change_of_state():
@@ -393,3 +394,34 @@ def test_ours_train_with_the_communicators_and_memories_of_a_real_checkout(real)
     assert "adds up what it moves" in refusals["Allreduce"]
     assert "one size on all ranks" in refusals["Broadcast"]
     assert "DgcMemory cannot be used here" in refusals["DgcMemory"]
+
+
+def in_torch_distributed(rank, path):
+    sys.path.insert(0, path)
+    from grace_dl.dist.communicator.allgather import Allgather
+    from grace_dl.dist.compressor.topk import TopKCompressor
+    from grace_dl.dist.memory.residual import ResidualMemory
+
+    grad = torch.arange(20.0).view(4, 5) * (rank + 1)
+    mean = Allgather(GraceCompressor(Identity()), ResidualMemory(), 2).step(grad, "w")
+    try:
+        Allgather(GraceCompressor(LBGM()), ResidualMemory(), 2).step(grad, "w")
+    except TypeError as error:
+        refusal = str(error)
+    averager = Averager(
+        LBGM(FromGrace(TopKCompressor(0.5))), {"w": grad}, ProcessGroupTransport(dist.new_group())
+    )
+    averager.agree()
+    sums = [averager.start({"w": grad}).finish({"w": torch.zeros(4, 5)})["w"] for _ in range(2)]
+    return mean, refusal, sums, averager.stats()["recycled_share"]
+
+
+@pytest.mark.grace
+@needs_checkout
+def test_torch_distributed_with_a_real_checkout():
+    for mean, refusal, sums, recycled in run_ranks(in_torch_distributed, 2, checkout()):
+        assert torch.equal(mean, torch.arange(20.0).view(4, 5) * 1.5)
+        assert "on the CPU use lbgm_compress.adapters.ddp" in refusal
+        assert torch.equal(sums[0].view(-1)[10:], torch.arange(10.0, 20.0) * 1.5)
+        assert torch.allclose(sums[0], sums[1])
+        assert recycled == 0.5

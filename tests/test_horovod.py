@@ -426,6 +426,21 @@ def test_saved_state_goes_on_bit_for_bit():
         assert step == 20
 
 
+def wrap_again(rank):
+    model = build()
+    optimizer = wrapped(model, LBGM())
+    train(model, optimizer, rank, 2)
+    optimizer = wrapped(model, Identity())
+    train(model, optimizer, rank, 3, start=2)
+    return parameters(model), optimizer.compression.step
+
+
+def test_optimizer_that_is_thrown_away_sends_no_more():
+    results = run_horovod(wrap_again, 2)
+    assert_replicas_agree([result[0] for result in results])
+    assert [steps for _, steps in results] == [3, 3]
+
+
 class Waits(torch.autograd.Function):
     """Passes a gradient on only when the first message is with Horovod."""
 

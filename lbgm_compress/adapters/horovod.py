@@ -22,6 +22,7 @@ import copy
 import functools
 import hashlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -240,8 +241,16 @@ class Compression(Averager):
         self._error: BaseException | None = None
         self._worker = Worker(self)
         if transport.included:
+            # Parameters outlive an optimizer that is thrown away, and must not go on sending.
+            itself = weakref.ref(self)
+
+            def hook(parameter: Tensor) -> None:
+                compression = itself()
+                if compression is not None:
+                    compression._hook(parameter)
+
             for p in self._bucket_of:
-                p.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
+                p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def set_passes(self, passes: int) -> None:
         """Send gradients after so many backward passes, from now on."""
