@@ -350,7 +350,7 @@ def numbers_of(folder):
     ids=["full batch", "local steps"],
 )
 def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
-    methods = "Identity(), LBGM(), LBGM(TopK(0.1)), LBGM(Atomo(2)), LBGM(SignSGD(scaled=True))"
+    methods = "LBGM(), LBGM(TopK(0.1)), LBGM(SignSGD(scaled=True))"
     common = ["--workers", "3", "--rounds", "12", "--lr", "0.1", "--methods", methods, *arguments]
     for name in ("process", engine):
         done = compare(*common, "--engine", name, "--out", name, cwd=tmp_path)

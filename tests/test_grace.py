@@ -55,8 +55,15 @@ WRAPPED = [FromGrace(stand_in) for stand_in in STAND_INS]
 NAMES = {"FromGrace": FromGrace, **vars(protocol)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("wrap", [lambda c: c, LBGM, ErrorFeedback], ids=["", "LBGM", "EF"])
+@pytest.mark.parametrize(
+    ("wrap", "dtype"),
+    [
+        *((lambda c: c, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        (LBGM, torch.float16),
+        (LBGM, torch.float32),
+        (ErrorFeedback, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("compressor", WRAPPED, ids=repr)
 def test_every_law_holds_for_graces_compressors(compressor, wrap, dtype):
     base = awkward_shapes(dtype, seed=0)
@@ -184,7 +191,7 @@ def test_hostile_payloads_of_graces_compressors_do_no_harm(compressor):
     receiver.decompress("good", torch.tensor(list(messages[0]), dtype=torch.uint8))
     held = receiver.state_dict()
     decoded = 0
-    for _ in range(1500):
+    for _ in range(600):
         data = mutated(rng, rng.choice(messages), messages)
         message = torch.tensor(list(data), dtype=torch.uint8)
         before = receiver.state_dict()
@@ -195,7 +202,7 @@ def test_hostile_payloads_of_graces_compressors_do_no_harm(compressor):
             assert_same_bits(receiver.state_dict(), before)
         else:
             assert tensors["w"].shape == (20, 30)
-    assert decoded < 1500
+    assert decoded < 600
     assert_same_bits(receiver.state_dict()["senders"]["good"], held["senders"]["good"])
 
 

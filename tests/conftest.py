@@ -1,0 +1,3 @@
+"""What pytest is not to import when it looks for doctests: programs that tests start."""
+
+collect_ignore = ["elastic_job.py", "grace_job.py"]
