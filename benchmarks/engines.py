@@ -158,8 +158,8 @@ def check_engine(name: str, participation: float, device: str) -> None:
 class Running:
     """An engine whose workers wait for a compressor."""
 
-    def __init__(self, connection: Connection, process: subprocess.Popen[bytes], log: IO[str]):
-        self._connection, self._process, self._log = connection, process, log
+    def __init__(self, connection: Connection, log: IO[str]) -> None:
+        self._connection, self._log = connection, log
 
     def run(self, compressor: Compressor) -> Iterator[Round]:
         """Train with one compressor, and yield every round as it ends.
@@ -210,7 +210,7 @@ def running(name: str, training: Training) -> Iterator[Running]:
         )
         stack.callback(_end, process)
         connection = stack.enter_context(_accept(listener, process, log))
-        yield Running(connection, process, log)
+        yield Running(connection, log)
 
 
 def _accept(listener: Listener, process: subprocess.Popen[bytes], log: IO[str]) -> Connection:

@@ -281,10 +281,9 @@ class FromGrace(Compressor):
         # As in Sender, rounds and tensors must not share their randomness.
         tensors, ctx, changed = self._run(_wide(grad), attributes, hash((seed, number)) % 2**62)
         counts = [self._count(attributes, name) for name in self._counts]
-        decoded = self._decompress(tensors, self._template(counts, grad).ctx, grad)
-        if not _same(ctx, self._template(counts, grad).ctx) and not torch.equal(
-            decoded, self._decompress(tensors, ctx, grad)
-        ):
+        known = self._template(counts, grad).ctx
+        decoded = self._decompress(tensors, known, grad)
+        if not _same(ctx, known) and not torch.equal(decoded, self._decompress(tensors, ctx, grad)):
             raise TypeError(
                 f"{self.expression} needs its own context to decompress, and no receiver has it"
             )
@@ -292,9 +291,9 @@ class FromGrace(Compressor):
         for tensor in tensors:
             front += bytes([DTYPES.index(tensor.dtype), tensor.dim()])
             front += b"".join(varint(size) for size in tensor.shape)
-        new = {"attributes": changed, "seed": seed, "round": number + 1}
-        if not changed:
-            del new["attributes"]
+        new = {"seed": seed, "round": number + 1}
+        if changed:
+            new["attributes"] = changed
 
         def body() -> Tensor:
             head = torch.frombuffer(bytearray(front), dtype=torch.uint8).to(grad.device)
