@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import platform
 import shlex
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import Parser, check_folder
-from datasets import DATASETS, DatasetMissing, load
+from datasets import IMAGES, DatasetMissing, load
 from engines import ENGINES, EngineError, check_engine, running
 from federated import Round, Training, run
-from models import MODELS, parameters
-from partition import check_scheme, partition
+from models import IMAGE_MODELS, parameters
+from partition import check_scheme, partition, subsets
 from report import (
     MethodResult,
     cells,
@@ -38,7 +39,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import lbgm_compress
-from lbgm_compress import LBGM, Atomo, Compressor, ErrorFeedback, Identity, Sender, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    Compressor,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    Sender,
+    SignSGD,
+    TopK,
+)
 from lbgm_compress.expression import parse_compressors
 
 # Options that only shape the default methods, with their defaults.
@@ -83,14 +94,19 @@ def build_parser() -> Parser:
     """Build the command line."""
     parser = Parser("compare.py", __doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="digits", help="images (default: digits)")
+    add("--dataset", choices=IMAGES, default="digits", help="images (default: digits)")
     add(
         "--data-dir",
         metavar="DIR",
         help="folder of Fashion-MNIST's IDX files, plain or .gz (default: where Debian's package "
         "dataset-fashion-mnist puts them)",
     )
-    add("--model", choices=MODELS, default="fcn", help="network (default: fcn, 128 hidden units)")
+    add(
+        "--model",
+        choices=IMAGE_MODELS,
+        default="fcn",
+        help="network (default: fcn, 128 hidden units)",
+    )
     add(
         "--engine",
         choices=("process", *ENGINES),
@@ -105,6 +121,12 @@ def build_parser() -> Parser:
         default="iid",
         metavar="SCHEME",
         help="iid, classes:N (N classes a worker) or dirichlet:ALPHA (default: iid)",
+    )
+    add(
+        "--images",
+        type=positive,
+        metavar="N",
+        help="training images of a worker, at most (default: all that its part has)",
     )
     add(
         "--local-steps",
@@ -173,8 +195,8 @@ def build_parser() -> Parser:
         metavar="LIST",
         help="compressors to compare, comma-separated, as in Python, for example 'TopK(0.01), "
         "LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)' (default: Identity, TopK, Atomo and "
-        "SignSGD(scaled=True), alone and under LBGM; signs are scaled because plain ones would "
-        "need a learning rate of their own)",
+        "SignSGD(scaled=True), alone and under LBGM, and ErrorFeedback(LookBackSubspace()); signs "
+        "are scaled because plain ones would need a learning rate of their own)",
     )
     add(
         "--target-accuracy",
@@ -182,6 +204,26 @@ def build_parser() -> Parser:
         metavar="SHARE",
         help="test accuracy, 0 to 1, to count bytes until (default: that of Identity() at the end, "
         "minus 0.005)",
+    )
+    add(
+        "--test-images",
+        type=positive,
+        metavar="N",
+        help="test images, at most (default: all)",
+    )
+    add(
+        "--evaluate-every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="rounds between evaluations; those between repeat the last one (default: 1)",
+    )
+    add(
+        "--average",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="evaluations at the end whose mean is the final accuracy (default: 1)",
     )
     add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add("--device", default="cpu", help="cpu or cuda, where training runs (default: cpu)")
@@ -195,7 +237,7 @@ def build_parser() -> Parser:
 
 
 def default_methods(options: argparse.Namespace) -> list[Compressor]:
-    """Return {Identity, TopK, Atomo, SignSGD} x {alone, under LBGM}.
+    """Return {Identity, TopK, Atomo, SignSGD} x {alone, under LBGM}, and LookBackSubspace.
 
     Raises
     ------
@@ -216,7 +258,8 @@ def default_methods(options: argparse.Namespace) -> list[Compressor]:
             # The other way round, ErrorFeedback(LBGM(C)), recycled less at the same accuracy.
             sparsifier = ErrorFeedback(sparsifier)
         methods += [sparsifier, LBGM(sparsifier, chosen["delta"])]
-    return methods
+    # A subspace needs what it misses to come back.
+    return [*methods, ErrorFeedback(LookBackSubspace())]
 
 
 def methods_of(options: argparse.Namespace) -> list[Compressor]:
@@ -275,6 +318,14 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
     except DatasetMissing as error:
         raise ValueError(str(error)) from None
     parts = partition(dataset.train_labels, options.workers, options.partition, options.seed)
+    if options.images is not None:
+        parts = subsets(parts, options.images, options.seed)
+    if options.test_images is not None:
+        dataset = dataclasses.replace(
+            dataset,
+            test_images=dataset.test_images[: options.test_images],
+            test_labels=dataset.test_labels[: options.test_images],
+        )
     training = Training(
         dataset=dataset,
         parts=parts,
@@ -287,6 +338,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
         server_momentum=options.server_momentum,
         seed=options.seed,
         device=device,
+        evaluate_every=options.evaluate_every,
     )
     return methods, training, folder
 
@@ -368,7 +420,7 @@ def target_of(options: argparse.Namespace, results: list[MethodResult]) -> float
         return float(options.target_accuracy)
     for result in results:
         if result.compressor == Identity() and result.finished:
-            return result.rounds[-1].accuracy - 0.005
+            return result.final_accuracy(options.average) - 0.005
     return None
 
 
@@ -395,6 +447,7 @@ def about(
         "title": f"{options.dataset}, {options.model}, {options.workers} workers{sampled}, "
         f"{options.partition}, {steps} of {batch} images, learning rate {options.lr:g}, "
         f"server momentum {options.server_momentum:g}, seed {options.seed}"
+        + ("" if options.images is None else f", {options.images} images a worker")
         + ("" if options.engine == "process" else f", through {options.engine}"),
         "command": shlex.join(["python", "benchmarks/compare.py", *arguments]),
         "arguments": arguments_of(options),
@@ -427,7 +480,7 @@ def main(arguments: list[str]) -> int:
         print(f"{parser.prog}: error: --engine {options.engine}: {error}", file=sys.stderr)
         return 1
     target = target_of(options, results)
-    rows = summarise(results, dense_bytes_a_round(training), target)
+    rows = summarise(results, dense_bytes_a_round(training), target, options.average)
     write_files(folder, results, rows, about(options, target, interrupted, arguments))
     console.print(table_of(rows, target))
     console.print(f"Results are in {folder}: open {folder / 'report.html'}", soft_wrap=True)

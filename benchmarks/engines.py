@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import IO, Any
@@ -30,11 +31,26 @@ from torch import Tensor, nn
 from lbgm_compress import Compressor
 from lbgm_compress.averaging import Averager
 
-__all__ = ["ENGINES", "EngineError", "check_engine", "running"]
+__all__ = ["ENGINES", "EngineError", "PowerSGD", "check_engine", "running"]
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 KEY = b"lbgm_compress"
 STARTS_WITHIN = 120  # seconds
+
+
+# Bytes sent so far, and of the last round's tensors those recycled, and all.
+Counts = Callable[[], tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class PowerSGD:
+    """torch's PowerSGD hook (arXiv 1905.13727), with error feedback; two dense rounds come first.
+
+    Not a compressor: its ranks average factors before each has the other.
+    """
+
+    rank: int
+    DENSE_ROUNDS = 2
 
 
 class EngineError(RuntimeError):
@@ -63,7 +79,7 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compression: dict[str, Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Averager]:
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Counts]:
         """Return a module and an optimizer that average, and what counts their bytes."""
 
 
@@ -93,16 +109,18 @@ class Ddp(Engine):
 
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compression: dict[str, Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Averager]:
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Counts]:
         from torch.nn.parallel import DistributedDataParallel
 
         from lbgm_compress.adapters.ddp import CompressionState, compression_hook
 
-        state = CompressionState(**compression)
         # One bucket, and so one message a round.
         wrapped = DistributedDataParallel(module, bucket_cap_mb=1 << 20)
+        if isinstance(compression["compressor"], PowerSGD):
+            return wrapped, optimizer, _power_sgd(wrapped, compression["compressor"])
+        state = CompressionState(**compression)
         wrapped.register_comm_hook(state, compression_hook)
-        return wrapped, optimizer, state
+        return wrapped, optimizer, _counts_of(state)
 
 
 class Horovod(Engine):
@@ -130,11 +148,39 @@ class Horovod(Engine):
 
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compression: dict[str, Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Averager]:
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Counts]:
         from lbgm_compress.adapters.horovod import DistributedOptimizer
 
         distributed = DistributedOptimizer(optimizer, **compression, bucket_cap_mb=1 << 20)
-        return module, distributed, distributed.compression
+        return module, distributed, _counts_of(distributed.compression)
+
+
+def _counts_of(averager: Averager) -> Counts:
+    def counts() -> tuple[int, int, int]:
+        report = averager.sender.report().values()
+        recycled = sum(tensor.recycled for tensor in report)
+        return int(averager.stats()["message_bytes"]), recycled, len(report)
+
+    return counts
+
+
+def _power_sgd(module: nn.Module, method: PowerSGD) -> Counts:
+    """Register torch's hook."""
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    state = powerSGD_hook.PowerSGDState(
+        None,
+        matrix_approximation_rank=method.rank,
+        start_powerSGD_iter=method.DENSE_ROUNDS,
+    )
+    module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    size = sum(parameter.numel() for parameter in module.parameters())
+
+    def counts() -> tuple[int, int, int]:
+        dense = min(state.iter, method.DENSE_ROUNDS) * size
+        return 4 * (dense + state.total_numel_after_compression), 0, 1
+
+    return counts
 
 
 ENGINES: dict[str, type[Engine]] = {"ddp": Ddp, "horovod": Horovod}
@@ -161,7 +207,7 @@ class Running:
     def __init__(self, connection: Connection, log: IO[str]) -> None:
         self._connection, self._log = connection, log
 
-    def run(self, compressor: Compressor) -> Iterator[Round]:
+    def run(self, compressor: Compressor | PowerSGD) -> Iterator[Round]:
         """Train with one compressor, and yield every round as it ends.
 
         Raises
@@ -255,7 +301,9 @@ class Linear(nn.Module):
         ).sum()
 
 
-def _train(engine: Engine, training: Training, compressor: Compressor) -> Iterator[Round]:
+def _train(
+    engine: Engine, training: Training, compressor: Compressor | PowerSGD
+) -> Iterator[Round]:
     """Do what `federated.run` does, as one of its workers."""
     model = training.initial_model()
     workers = Workers(training)
@@ -263,7 +311,7 @@ def _train(engine: Engine, training: Training, compressor: Compressor) -> Iterat
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(), lr=training.lr, momentum=training.server_momentum
     )
-    module, optimizer, averager = engine.wrap(
+    module, optimizer, counts = engine.wrap(
         Linear(model),
         optimizer,
         {
@@ -273,25 +321,36 @@ def _train(engine: Engine, training: Training, compressor: Compressor) -> Iterat
         },
     )
     test = training.dataset.test_images, training.dataset.test_labels
+    accuracy = loss = 0.0
     for number in range(1, training.rounds + 1):
         start = time.perf_counter()
         weights = {name: p.detach() for name, p in model.named_parameters()}
         mine = {name: g[0] for name, g in update(weights, [engine.rank]).items()}
         # All have their update before the exchange is watched.
         engine.total(torch.zeros(1, dtype=torch.int64))
-        before, sent = averager.stats()["message_bytes"], _sent()
+        before, sent = counts()[0], _sent()
         optimizer.zero_grad()
         module(mine).backward()
         optimizer.step()
         wire = None if sent is None else (_sent() or sent) - sent
-        report = averager.sender.report().values()
-        counts = [averager.stats()["message_bytes"] - before]
-        counts += [sum(tensor.recycled for tensor in report), len(report)]
-        uplink, recycled, tensors = engine.total(torch.tensor(counts)).tolist()
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        accuracy, loss = evaluate(model, weights, *test) if engine.rank == 0 else (0.0, 0.0)
+        now, recycled, tensors = counts()
+        uplink, recycled, tensors = engine.total(
+            torch.tensor([now - before, recycled, tensors])
+        ).tolist()
+        if engine.rank == 0 and training.evaluated(number):
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            accuracy, loss = evaluate(model, weights, *test)
         seconds = time.perf_counter() - start
-        yield Round(number, accuracy, loss, uplink, recycled / tensors, seconds, wire)
+        yield Round(
+            number,
+            accuracy,
+            loss,
+            uplink,
+            recycled / tensors,
+            seconds,
+            wire,
+            training.evaluated(number),
+        )
 
 
 def _sent() -> int | None:

@@ -23,6 +23,8 @@ __all__ = ["Round", "Training", "Workers", "evaluate", "local_updates", "run"]
 
 # Floats of activations and gradients that a batch of workers may take.
 CHUNK = 32_000_000
+# Floats of activations for each number of the input, where there are many.
+ACTIVATIONS = {"small-cnn": 20, "transformer": 5000}
 Parameters = dict[str, Tensor]
 
 
@@ -41,6 +43,12 @@ class Training:
     server_momentum: float
     seed: int
     device: torch.device
+    evaluate_every: int = 1
+    """Rounds from one evaluation to the next; those between have the last one's accuracy."""
+
+    def evaluated(self, number: int) -> bool:
+        """Whether the model is evaluated after this round."""
+        return number == 1 or number % self.evaluate_every == 0 or number == self.rounds
 
     def sampled(self) -> int:
         """How many workers take part in a round."""
@@ -68,6 +76,8 @@ class Round:
     seconds: float
     wire_bytes: int | None = None
     """What crossed the network interface, headers included, if there was one to count at."""
+    evaluated: bool = True
+    """Whether accuracy and loss are this round's, and not those of an earlier evaluation."""
 
 
 class Workers:
@@ -128,6 +138,7 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         training.dataset.test_labels.to(training.device),
     )
     update = local_updates(model, training, workers)
+    accuracy = loss = 0.0
     for number in range(1, training.rounds + 1):
         start = time.perf_counter()
         order = torch.randperm(len(senders), generator=sampler)
@@ -146,9 +157,18 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         for name, step in receiver.finish(mean).items():
             velocity[name].mul_(training.server_momentum).add_(step)
             weights[name] = weights[name] - training.lr * velocity[name]
-        accuracy, loss = evaluate(model, weights, *test)
+        if training.evaluated(number):
+            accuracy, loss = evaluate(model, weights, *test)
         seconds = time.perf_counter() - start
-        yield Round(number, accuracy, loss, uplink, recycled / tensors, seconds)
+        yield Round(
+            number,
+            accuracy,
+            loss,
+            uplink,
+            recycled / tensors,
+            seconds,
+            evaluated=training.evaluated(number),
+        )
 
 
 def local_updates(
@@ -158,8 +178,8 @@ def local_updates(
 
     def loss(weights: Parameters, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         logits = functional_call(model, weights, (images,))
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        return (losses * share).sum()
+        losses = nn.functional.cross_entropy(_classes_second(logits), labels, reduction="none")
+        return (losses.flatten(1).mean(1) if losses.dim() > 1 else losses).mul(share).sum()
 
     gradient = grad(loss)
     size = sum(weight.numel() for weight in model.parameters())
@@ -179,7 +199,7 @@ def local_updates(
                 for i in range(count)
             ]
             return {name: torch.stack([g[name] for g in each]) for name in each[0]}
-        chunk = max(1, CHUNK // (2 * size + 2 * images[0].numel()))
+        chunk = max(1, CHUNK // (2 * size + ACTIVATIONS.get(training.model, 2) * images[0].numel()))
         in_dims = (None if shared else 0, 0, 0, 0)
         return vmap(gradient, in_dims=in_dims, chunk_size=chunk)(weights, images, labels, shares)
 
@@ -197,13 +217,19 @@ def local_updates(
     return updates
 
 
+def _classes_second(logits: Tensor) -> Tensor:
+    """Return logits (B, T, classes) as cross-entropy wants them."""
+    return logits.transpose(1, 2) if logits.dim() == 3 else logits
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, weights: Parameters, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
+    """Return the share of labels that the model gets right, and the mean cross-entropy."""
     right = loss = 0.0
     for part, truth in zip(images.split(5000), labels.split(5000), strict=True):
-        logits = functional_call(model, weights, (part,))
+        logits = _classes_second(functional_call(model, weights, (part,)))
         loss += nn.functional.cross_entropy(logits, truth, reduction="sum").item()
         right += (logits.argmax(1) == truth).sum().item()
-    return right / len(labels), loss / len(labels)
+    return right / labels.numel(), loss / labels.numel()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_scheme", "partition"]
+__all__ = ["check_scheme", "partition", "subsets"]
 
 
 def check_scheme(scheme: str, classes: int) -> tuple[str, float]:
@@ -69,6 +69,12 @@ def partition(labels: Tensor, workers: int, scheme: str, seed: int) -> list[Tens
     else:
         parts = _by_dirichlet(values, workers, argument, classes, rng)
     return [torch.from_numpy(np.sort(part).astype(np.int64)) for part in parts]
+
+
+def subsets(parts: list[Tensor], most: int, seed: int) -> list[Tensor]:
+    """Return random subsets of at most so many images of each part, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    return [part[torch.randperm(len(part), generator=generator)[:most]].sort()[0] for part in parts]
 
 
 def _by_classes(

@@ -69,6 +69,11 @@ class MethodResult:
         """Whether all rounds are there."""
         return len(self.rounds) == self.planned_rounds
 
+    def final_accuracy(self, average: int = 1) -> float:
+        """Return the mean accuracy of the last evaluations."""
+        evaluated = [round_.accuracy for round_ in self.rounds if round_.evaluated][-average:]
+        return sum(evaluated) / len(evaluated)
+
     def uplink_totals(self) -> list[int]:
         """Return the bytes sent up to and including each round."""
         totals, total = [], 0
@@ -98,9 +103,15 @@ def human_bytes(number: float) -> str:
 
 
 def summarise(
-    results: Sequence[MethodResult], dense_bytes_a_round: int, target: float | None
+    results: Sequence[MethodResult],
+    dense_bytes_a_round: int,
+    target: float | None,
+    average: int = 1,
 ) -> list[dict[str, Any]]:
-    """Return a row for each method with at least one round, as summary.json keeps it."""
+    """Return a row for each method with at least one round, as summary.json keeps it.
+
+    The final accuracy is the mean of the last `average` evaluations.
+    """
     rows = []
     for result in results:
         if not result.rounds:
@@ -111,7 +122,7 @@ def summarise(
                 "method": result.name,
                 "finished": result.finished,
                 "rounds": len(result.rounds),
-                "final_accuracy": result.rounds[-1].accuracy,
+                "final_accuracy": result.final_accuracy(average),
                 "best_accuracy": max(r.accuracy for r in result.rounds),
                 "uplink_bytes": total,
                 "ratio_to_dense": total / (dense_bytes_a_round * len(result.rounds)),

@@ -16,6 +16,7 @@ from lbgm_compress.compressors.atomo import Atomo
 from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
+from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.signsgd import SignSGD
 from lbgm_compress.compressors.topk import TopK
 from lbgm_compress.endpoints import Receiver, Sender
@@ -26,6 +27,7 @@ __all__ = [
     "ErrorFeedback",
     "Identity",
     "LBGM",
+    "LookBackSubspace",
     "OutOfSyncError",
     "PayloadError",
     "Receiver",

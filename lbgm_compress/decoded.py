@@ -11,7 +11,7 @@ import abc
 import torch
 from torch import Tensor
 
-__all__ = ["Decoded", "Dense", "Scaled", "Sparse", "flat_dots"]
+__all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "flat_dots"]
 
 
 def flat_dots(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -38,6 +38,16 @@ class Decoded(abc.ABC):
         """Add `weight` times the tensor to `out`, rounding once a product and once a sum."""
         # A fused `alpha=` would round only once on some processors, and differently elsewhere.
         out.add_(self.dense().to(out.dtype) * weight)
+
+    def missing_from(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` minus this one, contiguous and in memory of its own.
+
+        `tensor` may have a wider dtype. Only one end needs the difference: its bits are not
+        those of `add_to`.
+        """
+        rest = tensor.clone(memory_format=torch.contiguous_format)
+        self.add_to(rest, -1.0)
+        return rest
 
     def dots(self, other: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the inner products (0-d) with itself and with dense `other` (None: itself)."""
@@ -95,3 +105,37 @@ class Sparse(Decoded):
 
     def scaled(self, factor: float) -> Decoded:
         return Sparse(self.indices, (self.values * factor).add_(0.0), self.shape)
+
+
+class LowRank(Decoded):
+    """`left` (m x r) times the transpose of `right` (n x r), in the shape of `like`."""
+
+    def __init__(self, left: Tensor, right: Tensor, like: Tensor) -> None:
+        self.left = left
+        self.right = right
+        self.shape, self.dtype = like.shape, like.dtype
+
+    def dense(self) -> Tensor:
+        product = self.left @ self.right.T
+        if not self._within_range():
+            # An element may be larger than any of the tensor that was compressed.
+            limit = torch.finfo(self.dtype).max
+            product.clamp_(-limit, limit)
+        return product.to(self.dtype).view(self.shape)
+
+    def add_to(self, out: Tensor, weight: float) -> None:
+        # The product is in memory of its own.
+        out.add_(self.dense().to(out.dtype).mul_(weight))
+
+    def missing_from(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != self.left.dtype or not self._within_range():
+            return super().missing_from(tensor)
+        matrix = tensor.reshape(len(self.left), len(self.right))
+        return torch.addmm(matrix, self.left, self.right.T, alpha=-1).view(self.shape)
+
+    def _within_range(self) -> bool:
+        """Whether no element can leave the range of the dtype; on a device, that is not known."""
+        if self.left.device.type != "cpu" or not self.left.numel():
+            return False
+        largest = float(self.left.abs().max()) * float(self.right.abs().max())
+        return largest * self.left.shape[1] < 0.5 * torch.finfo(self.dtype).max

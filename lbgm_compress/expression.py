@@ -10,12 +10,14 @@ from lbgm_compress.compressors.atomo import Atomo
 from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
+from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.signsgd import SignSGD
 from lbgm_compress.compressors.topk import TopK
 
 __all__ = ["parse_compressor", "parse_compressors"]
 
-CONSTRUCTORS = {c.__name__: c for c in (Atomo, ErrorFeedback, Identity, LBGM, SignSGD, TopK)}
+COMPRESSORS = (Atomo, ErrorFeedback, Identity, LBGM, LookBackSubspace, SignSGD, TopK)
+CONSTRUCTORS = {compressor.__name__: compressor for compressor in COMPRESSORS}
 LONGEST = 10_000
 
 

@@ -31,6 +31,11 @@ COMPRESSORS = [
     "LBGM(SignSGD())",
     "LBGM(Atomo(1))",
     "ErrorFeedback(LBGM(TopK(0.3)))",
+    "TopK(0.3, values='int4')",
+    "TopK(0.3, values='int2')",
+    "LookBackSubspace(1, 0.2, view='flat', values='float32')",
+    "LookBackSubspace(2, 0.05)",
+    "LookBackSubspace(2, 0.05, refresh=2, values='int2')",
 ]
 
 

@@ -15,6 +15,7 @@ from lbgm_compress import (
     Atomo,
     ErrorFeedback,
     Identity,
+    LookBackSubspace,
     OutOfSyncError,
     PayloadError,
     Receiver,
@@ -35,6 +36,9 @@ COMPRESSORS = [
     LBGM(TopK(0.4, values="float16")),
     LBGM(SignSGD()),
     ErrorFeedback(LBGM(Atomo(2, unbiased=True))),
+    LookBackSubspace(3, 0.5, refresh=2, values="float32"),
+    LookBackSubspace(4, 0.9, values="int2"),
+    LookBackSubspace(2, 0.3, view="flat", values="float16"),
 ]
 STRINGS = 10_000  # for each of the compressors
 SHAPES = {"matrix": (40, 50), "half": (300,), "scalar": (), "empty": (0, 3)}
@@ -150,7 +154,9 @@ def test_any_payload_gives_a_tensor_of_the_right_shape_or_an_error(compressor, k
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
 
 
-@pytest.mark.parametrize("compressor", [TopK(1.0), LBGM(TopK(1.0)), Atomo(3)], ids=repr)
+@pytest.mark.parametrize(
+    "compressor", [TopK(1.0), LBGM(TopK(1.0)), Atomo(3), LookBackSubspace(3)], ids=repr
+)
 def test_forged_counts_allocate_nothing(compressor):
     like = torch.empty(1, dtype=torch.float32).expand(1 << 12, 1 << 12)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -161,6 +167,7 @@ def test_forged_counts_allocate_nothing(compressor):
             count >>= 7
         varint.append(count)
         head = b"\x01" if compressor.head_size(like) == 1 else b"\x09\x00\x00\x80\x3f"
+        head = b"\x09" if isinstance(compressor, LookBackSubspace) else head
         with pytest.raises(PayloadError):
             compressor.decompress(tensor_of(head + bytes(varint) + bytes(100)), {}, like)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000

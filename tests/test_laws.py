@@ -13,9 +13,11 @@ from lbgm_compress import (
     Atomo,
     ErrorFeedback,
     Identity,
+    LookBackSubspace,
     SignSGD,
     TopK,
 )
+from lbgm_compress.wire.values import PRECISIONS
 from tests.gradients import awkward_shapes, training_run
 from tests.laws import assert_same_bits, check_laws
 
@@ -23,7 +25,7 @@ COMPRESSORS = [
     Identity(),
     TopK(0.01),
     TopK(1.0),
-    *(TopK(0.2, values) for values in ("float64", "float32", "float16", "bfloat16", "int8")),
+    *(TopK(0.2, values) for values in PRECISIONS),
     SignSGD(),
     SignSGD(scaled=True),
     SignSGD(vote=True),
@@ -46,6 +48,15 @@ COMPRESSORS = [
     ErrorFeedback(LBGM(TopK(0.01))),
     ErrorFeedback(LBGM(Atomo(rank=2), delta=0.5)),
     ErrorFeedback(LBGM(SignSGD(), delta=0.8)),
+    LookBackSubspace(),
+    LookBackSubspace(2, 0.3, values="float32"),
+    LookBackSubspace(3, 0.5, refresh=2, values="float16"),
+    LookBackSubspace(2, 0.0, values="bfloat16"),
+    LookBackSubspace(1, 0.9, values="float64"),
+    LookBackSubspace(1, 0.2, view="flat", values="float32"),
+    LookBackSubspace(4, 0.5, view="flat", refresh=2),
+    ErrorFeedback(LookBackSubspace(2, 0.95, values="int2")),
+    ErrorFeedback(LookBackSubspace(3, 0.8, view="flat", values="int4")),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -112,6 +123,11 @@ def test_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, 
 
 
 def test_a_receiver_that_looks_back_cannot_be_inside_lbgm():
-    for inner in (LBGM(), ErrorFeedback(LBGM()), ErrorFeedback(ErrorFeedback(LBGM(TopK(0.1))))):
+    for inner in (
+        LBGM(),
+        LookBackSubspace(),
+        ErrorFeedback(LBGM()),
+        ErrorFeedback(ErrorFeedback(LBGM(TopK(0.1)))),
+    ):
         with pytest.raises(ValueError, match="looks back itself"):
             LBGM(inner)

@@ -17,16 +17,13 @@ from lbgm_compress.compressor import (
     dense_from_bytes,
     raw,
 )
-from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.compressors.triplets import decomposition, leading_triplets
+from lbgm_compress.decoded import Decoded, Dense, LowRank
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes, decode_values, encode_values, values_size
 
 __all__ = ["Atomo"]
-
-# Up to this size of the smaller side all singular values come from the Gram matrix; above it, the
-# leading ones come from subspace iteration, which is then faster.
-GRAM_LIMIT = 256
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,7 +88,7 @@ class Atomo(Compressor):
         if self.unbiased:
             left, right, state = self._sampled(matrix, state)
         else:
-            left, right = _leading(matrix, self.rank)
+            left, right = leading_triplets(matrix, self.rank)
         right = right * magnitude
         if not bool(right.isfinite().all()):
             return raw(self, grad, state)
@@ -136,7 +133,7 @@ class Atomo(Compressor):
 
     def _sampled(self, matrix: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         state = state or self.initial_state(0)
-        left, right = _decomposition(matrix)
+        left, right = decomposition(matrix)
         sigma = (left.norm(dim=0) * right.norm(dim=0)).cpu()
         probabilities = _probabilities(sigma, self.rank)
         seed = hashlib.blake2b(struct.pack("<qQ", state["seed"], state["round"]), digest_size=7)
@@ -151,36 +148,6 @@ class Atomo(Compressor):
 
 def _working_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _decomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors (m x d, n x d) of orthogonal triplets, d = min(m, n), largest first."""
-    m, n = matrix.shape
-    if m > n:
-        right, left = _decomposition(matrix.T)
-        return left, right
-    precise = matrix.double()
-    left = torch.linalg.eigh(precise @ precise.T).eigenvectors.flip(1)
-    return left.to(matrix.dtype), (precise.T @ left).to(matrix.dtype)
-
-
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors (m x rank, n x rank) of the leading triplets."""
-    m, n = matrix.shape
-    if min(m, n) <= GRAM_LIMIT:
-        left, right = _decomposition(matrix)
-        return left[:, :rank].contiguous(), right[:, :rank].contiguous()
-    if m > n:
-        right, left = _leading(matrix.T, rank)
-        return left, right
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(m, min(m, rank + 8), generator=generator, dtype=matrix.dtype)
-    basis = torch.linalg.qr(start.to(matrix.device)).Q
-    for _ in range(4):
-        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
-    # Within the subspace the triplets are exact.
-    left, right = _decomposition(basis.T @ matrix)
-    return basis @ left[:, :rank], right[:, :rank].contiguous()
 
 
 def _probabilities(sigma: Tensor, budget: int) -> Tensor:
@@ -201,18 +168,3 @@ def _probabilities(sigma: Tensor, budget: int) -> Tensor:
     else:
         probabilities[budget:] = 0
     return probabilities
-
-
-class LowRank(Decoded):
-    """`left` (m x r) times the transpose of `right` (n x r), in the shape of `like`."""
-
-    def __init__(self, left: Tensor, right: Tensor, like: Tensor) -> None:
-        self.left = left
-        self.right = right
-        self.shape, self.dtype = like.shape, like.dtype
-
-    def dense(self) -> Tensor:
-        # An element may be larger than any of the tensor that was compressed.
-        limit = torch.finfo(self.dtype).max
-        product = (self.left @ self.right.T).clamp_(-limit, limit)
-        return product.to(self.dtype).view(self.shape)

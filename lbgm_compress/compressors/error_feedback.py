@@ -80,11 +80,10 @@ class ErrorFeedback(Compressor):
             if not finite:
                 results.append(raw(self, grad, state))
                 continue
-            residual = corrected[i].clone(memory_format=torch.contiguous_format)
             if encoding.head[0] & Kind.RAW:
-                residual.zero_()
+                residual = torch.zeros_like(corrected[i], memory_format=torch.contiguous_format)
             else:
-                encoding.decoded.add_to(residual, -1.0)
+                residual = encoding.decoded.missing_from(corrected[i])
             state = {"residual": residual, "inner": encoding.state}
             results.append(encoding._replace(state=state))
         return results
