@@ -19,19 +19,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from federated import Round, Training, Workers, evaluate, local_updates
+from peers import PowerSGD
 from torch import Tensor, nn
 
 from lbgm_compress import Compressor
 from lbgm_compress.averaging import Averager
 
-__all__ = ["ENGINES", "EngineError", "PowerSGD", "check_engine", "running"]
+__all__ = ["ENGINES", "EngineError", "check_engine", "running"]
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 KEY = b"lbgm_compress"
@@ -40,17 +40,6 @@ STARTS_WITHIN = 120  # seconds
 
 # Bytes sent so far, and of the last round's tensors those recycled, and all.
 Counts = Callable[[], tuple[int, int, int]]
-
-
-@dataclass(frozen=True)
-class PowerSGD:
-    """torch's PowerSGD hook (arXiv 1905.13727), with error feedback; two dense rounds come first.
-
-    Not a compressor: its ranks average factors before each has the other.
-    """
-
-    rank: int
-    DENSE_ROUNDS = 2
 
 
 class EngineError(RuntimeError):

@@ -18,19 +18,30 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from command_line import Parser, check_folder
 from datasets import Dataset, DatasetMissing, load, load_plays
-from engines import PowerSGD, running
+from engines import running
 from federated import Round, Training, run
 from models import parameters
 from partition import partition, subsets
+from peers import PowerSGD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    Compressor,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    SignSGD,
+    TopK,
+)
 from lbgm_compress.expression import parse_compressor
 
 INTERRUPTED = 130
@@ -40,27 +51,40 @@ EVALUATIONS = 20
 AVERAGED = 4
 MARGIN = 0.005
 
-DENSE = "Identity()"
-TOPK = tuple(f"ErrorFeedback(TopK({ratio}, 'int8'))" for ratio in (0.003, 0.01, 0.03, 0.1))
-COARSE_TOPK = tuple(f"ErrorFeedback(TopK({ratio}, 'int2'))" for ratio in (0.01, 0.03))
-ATOMO = tuple(f"ErrorFeedback(Atomo({rank}))" for rank in (1, 2, 4, 8))
-LBGM = (
-    "LBGM(delta=0.5)",
-    "LBGM(ErrorFeedback(TopK(0.01, 'int8')), delta=0.5)",
-    "LBGM(ErrorFeedback(SignSGD(scaled=True)), delta=0.5)",
-    "LBGM(ErrorFeedback(Atomo(2)), delta=0.5)",
+
+def written(*compressors: Compressor) -> tuple[str, ...]:
+    """Return the expressions that build compressors."""
+    return tuple(map(repr, compressors))
+
+
+def subspace(rank: int, delta: float) -> Compressor:
+    """Return a look-back subspace with error feedback, in few bits."""
+    inner = LookBackSubspace(rank, delta, values="int4", directions="int2")
+    return ErrorFeedback(inner)
+
+
+SIGN = ErrorFeedback(SignSGD(scaled=True))
+DENSE = repr(Identity())
+TOPK = written(*(ErrorFeedback(TopK(ratio, "int8")) for ratio in (0.003, 0.01, 0.03, 0.1)))
+COARSE_TOPK = written(*(ErrorFeedback(TopK(ratio, "int2")) for ratio in (0.01, 0.03, 0.1)))
+ATOMO = written(*(ErrorFeedback(Atomo(rank)) for rank in (1, 2, 4, 8)))
+LOOK_BACK = written(
+    LBGM(delta=0.5),
+    LBGM(ErrorFeedback(TopK(0.01, "int8")), delta=0.5),
+    LBGM(SIGN, delta=0.5),
+    LBGM(ErrorFeedback(Atomo(2)), delta=0.5),
 )
-SUBSPACES = (
-    *(f"ErrorFeedback(LookBackSubspace({rank}, 0.95, values='int2'))" for rank in (1, 2, 4, 8)),
-    "ErrorFeedback(LookBackSubspace(4, 0.8, values='int2'))",
-    "ErrorFeedback(LookBackSubspace(4, 0.95, values='int4'))",
-    "ErrorFeedback(LookBackSubspace(4, 0.95, values='int8'))",
-    "ErrorFeedback(LookBackSubspace(8, 0.1, view='flat', values='int8'))",
+SUBSPACES = written(
+    *(subspace(rank, 0.9) for rank in (1, 2, 4, 8)),
+    *(subspace(rank, 0.8) for rank in (4, 8)),
+    ErrorFeedback(LookBackSubspace(4, 0.9, values="int8")),
+    ErrorFeedback(LookBackSubspace(4, 0.9, values="int2")),
+    ErrorFeedback(LookBackSubspace(8, 0.1, view="flat", values="int8")),
 )
 POWER_SGD = ("PowerSGD(rank=1)", "PowerSGD(rank=2)", "PowerSGD(rank=4)")
-ALL = (DENSE, *TOPK, *COARSE_TOPK, "ErrorFeedback(SignSGD(scaled=True))", *ATOMO, *LBGM, *SUBSPACES)
+ALL = (DENSE, *TOPK, *COARSE_TOPK, repr(SIGN), *ATOMO, *LOOK_BACK, *SUBSPACES)
 # For the models that take long.
-FEW = (DENSE, *TOPK[1:], COARSE_TOPK[1], *SUBSPACES[2:4], SUBSPACES[6])
+FEW = (DENSE, *TOPK[1:], *COARSE_TOPK, *SUBSPACES[2:6])
 # Families in the pictures, the first that a method's text contains.
 FAMILIES = {
     "LookBackSubspace": ("tab:red", "o"),
@@ -277,6 +301,7 @@ def read_csv(file: Path) -> Runs:
         If the file is something else.
     """
     runs: Runs = {}
+    kinds = get_type_hints(Evaluation)
     if not file.exists():
         return runs
     with file.open(newline="") as opened:
@@ -284,9 +309,7 @@ def read_csv(file: Path) -> Runs:
         if tuple(reader.fieldnames or ()) != Evaluation._fields:
             raise ValueError(f"{file} was not written by this program: name another folder (--out)")
         for row in reader:
-            kinds = Evaluation.__annotations__
-            read = {"str": str, "int": int, "float": float}
-            evaluation = Evaluation(**{name: read[kinds[name]](row[name]) for name in row})
+            evaluation = Evaluation(**{name: kinds[name](row[name]) for name in row})
             runs.setdefault(evaluation.run, []).append(evaluation)
     return runs
 
@@ -381,7 +404,7 @@ def table_of(rows: Sequence[Row], setting: str, model: str) -> Table:
     table = Table(title=title)
     table.add_column("method", no_wrap=True)
     power = any(row.kilobytes_power is not None for row in rows)
-    heads = ["seeds", "accuracy", "of dense", "recycled", "kB a worker to dense - 0.5"]
+    heads = ["seeds", "accuracy", "of dense", "recycled", "kB to dense - 0.5"]
     heads += ["kB to best PowerSGD - 0.5"] if power else []
     for head in heads:
         table.add_column(head, justify="right")

@@ -1,11 +1,11 @@
-"""The tensors of ResNet-50: names and shapes, as in torchvision, without needing it."""
+"""The tensors of known models: names and shapes, without the models."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["resnet50_shapes", "random_gradients"]
+__all__ = ["random_gradients", "resnet50_shapes", "transformer_shapes"]
 
 
 def resnet50_shapes() -> dict[str, tuple[int, ...]]:
@@ -34,6 +34,29 @@ def resnet50_shapes() -> dict[str, tuple[int, ...]]:
                 norm(f"{prefix}.downsample.1", 4 * width)
             into = 4 * width
     shapes["fc.weight"], shapes["fc.bias"] = (1000, 2048), (1000,)
+    return shapes
+
+
+def transformer_shapes(
+    layers: int = 24, width: int = 2048, vocabulary: int = 50257, length: int = 2048
+) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of a decoder with 1.3 billion (GPT-3 XL, arXiv 2005.14165, table 2.1).
+
+    The embedding is shared with the output layer.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding": (vocabulary, width),
+        "positions": (length, width),
+    }
+    sides = {"attend": (3, 1), "project": (1, 1), "hidden": (4, 1), "out": (1, 4)}
+    for layer in range(layers):
+        for name, (out, into) in sides.items():
+            shapes[f"{layer}.{name}.weight"] = (out * width, into * width)
+            shapes[f"{layer}.{name}.bias"] = (out * width,)
+        for norm in ("before", "between"):
+            shapes[f"{layer}.{norm}.weight"] = (width,)
+            shapes[f"{layer}.{norm}.bias"] = (width,)
+    shapes["norm.weight"], shapes["norm.bias"] = (width,), (width,)
     return shapes
 
 

@@ -35,7 +35,7 @@ COMPRESSORS = [
     "TopK(0.3, values='int2')",
     "LookBackSubspace(1, 0.2, view='flat', values='float32')",
     "LookBackSubspace(2, 0.05)",
-    "LookBackSubspace(2, 0.05, refresh=2, values='int2')",
+    "LookBackSubspace(2, 0.05, refresh=2, values='int4', directions='int2')",
 ]
 
 

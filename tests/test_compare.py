@@ -17,10 +17,18 @@ import torch
 from compare import build_parser, methods_of
 from datasets import load
 from federated import Training, run
-from partition import partition
+from partition import partition, subsets
 from report import human_bytes
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    SignSGD,
+    TopK,
+)
 from tests.horovod_ranks import needs_horovod
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +60,7 @@ def rows_of(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Return a small run of all eight methods: its folder and what it printed."""
+    """Return a small run of all nine methods: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("compare")
     process = compare(*SMALL, "--out", "results", cwd=folder)
     assert process.returncode == 0, process.stderr
@@ -74,8 +82,8 @@ def test_every_method_and_round_has_a_row_and_the_sums_agree(finished):
     folder, _ = finished
     rows = rows_of(folder)
     summary = json.loads((folder / "summary.json").read_text())
-    assert len(rows) == 8 * 6
-    assert len(summary["methods"]) == 8
+    assert len(rows) == 9 * 6
+    assert len(summary["methods"]) == 9
     for method in summary["methods"]:
         mine = [row for row in rows if row["method"] == method["method"]]
         assert [int(row["round"]) for row in mine] == [1, 2, 3, 4, 5, 6]
@@ -131,6 +139,7 @@ def test_same_seed_gives_the_same_csv_and_another_seed_another(finished, tmp_pat
         ["--model", "linear", "--partition", "classes:3", "--participation", "0.4"],
         ["--partition", "dirichlet:0.3", "--local-steps", "3", "--batch-size", "16"],
         ["--dataset", "mnist", "--workers", "4", "--rounds", "2", "--error-feedback"],
+        ["--model", "small-cnn", "--local-steps", "2", "--batch-size", "8", "--rounds", "2"],
         ["--server-momentum", "0", "--values", "int8", "--ratio", "0.02", "--rank", "1"],
     ],
     ids=" ".join,
@@ -139,7 +148,7 @@ def test_options_work_together(arguments, tmp_path):
     process = compare(*SMALL, "--rounds", "3", *arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     rows = rows_of(tmp_path / "compare-results")
-    assert len({row["method"] for row in rows}) == 8
+    assert len({row["method"] for row in rows}) == 9
     assert all(float(row["loss"]) < 10 for row in rows)
 
 
@@ -261,7 +270,7 @@ def test_partition_by_dirichlet_is_more_uneven_for_smaller_alpha():
     assert spread(0.05) > spread(1) > spread(100)
 
 
-def test_default_methods_are_all_eight_and_feed_errors_back_inside_lbgm():
+def test_default_methods_are_all_nine_and_feed_errors_back_inside_lbgm():
     options = build_parser().parse_args([])
     assert methods_of(options) == [
         Identity(),
@@ -272,6 +281,7 @@ def test_default_methods_are_all_eight_and_feed_errors_back_inside_lbgm():
         LBGM(Atomo(2)),
         SignSGD(scaled=True),
         LBGM(SignSGD(scaled=True)),
+        ErrorFeedback(LookBackSubspace()),
     ]
     options = build_parser().parse_args(["--error-feedback", "--delta", "0.5"])
     assert methods_of(options)[1:4] == [
@@ -279,6 +289,40 @@ def test_default_methods_are_all_eight_and_feed_errors_back_inside_lbgm():
         ErrorFeedback(TopK(0.1)),
         LBGM(ErrorFeedback(TopK(0.1)), delta=0.5),
     ]
+
+
+def test_fewer_images_and_evaluations_leave_the_training_alone(tmp_path):
+    methods = ["--methods", "Identity(), LBGM()", "--rounds", "7"]
+    few = [*methods, "--evaluate-every", "3", "--average", "2", "--target-accuracy", "0.1"]
+    for name, arguments in (("all", methods), ("few", few)):
+        process = compare(*SMALL, *arguments, "--out", name, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+    all_, few_ = (numbers_of(tmp_path / name) for name in ("all", "few"))
+    assert [(row[0], row[1], row[3]) for row in all_] == [(r[0], r[1], r[3]) for r in few_]
+    evaluated = [accuracy for method, _, accuracy, _ in all_ if method == "Identity()"]
+    repeated = [accuracy for method, _, accuracy, _ in few_ if method == "Identity()"]
+    assert repeated == [evaluated[i] for i in (0, 0, 2, 2, 2, 5, 6)]
+    summary = json.loads((tmp_path / "few" / "summary.json").read_text())
+    mean = (evaluated[5] + evaluated[6]) / 2
+    assert summary["methods"][0]["final_accuracy"] == pytest.approx(mean, abs=1e-6)
+
+    process = compare(
+        *SMALL, *methods, "--images", "20", "--test-images", "50", "--out", "less", cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    less = numbers_of(tmp_path / "less")
+    assert less != all_
+    assert all(round(accuracy * 50, 4) % 1 == 0 for _, _, accuracy, _ in less)
+
+
+def test_subsets_are_of_each_part_and_no_larger_than_asked_for():
+    parts = [torch.arange(10), torch.arange(10, 13)]
+    first, second = subsets(parts, 5, seed=0)
+    assert len(first) == 5
+    assert set(first.tolist()) < set(range(10))
+    assert first.tolist() == sorted(first.tolist())
+    assert torch.equal(second, parts[1])
+    assert not torch.equal(first, subsets(parts, 5, seed=1)[0])
 
 
 def test_one_worker_without_compression_is_plain_gradient_descent():

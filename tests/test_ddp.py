@@ -17,7 +17,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    SignSGD,
+    TopK,
+)
 from lbgm_compress.adapters.ddp import CompressionState, compression_hook
 from lbgm_compress.wire.values import as_bytes
 from tests.laws import assert_same_bits, saved_and_loaded
@@ -121,6 +129,8 @@ def test_every_compressor_works_and_replicas_agree():
         LBGM(TopK(0.1), delta=0.5),
         LBGM(ErrorFeedback(SignSGD(scaled=True))),
         ErrorFeedback(LBGM(Atomo(2))),
+        ErrorFeedback(LookBackSubspace(2, 0.5, values="int2")),
+        LookBackSubspace(2, 0.3, view="flat"),
     ]
     results = run_ranks(every_compressor, 3, compressors, timeout=100)
     for i, compressor in enumerate(compressors):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lbgm_compress import LBGM, Identity, Sender, TopK
+from lbgm_compress import LBGM, ErrorFeedback, Identity, LookBackSubspace, Sender, TopK
 from lbgm_compress.averaging import Averager
 from lbgm_compress.exchange import CHUNK, ProcessGroupTransport, exchange, gather_texts
 from tests.ranks import run_ranks
@@ -106,7 +106,11 @@ def average_rounds(rank, world, compressor):
     return run
 
 
-@pytest.mark.parametrize("compressor", [Identity(), LBGM(delta=0.9), LBGM(TopK(0.1))], ids=repr)
+@pytest.mark.parametrize(
+    "compressor",
+    [Identity(), LBGM(delta=0.9), LBGM(TopK(0.1)), ErrorFeedback(LookBackSubspace(2))],
+    ids=repr,
+)
 def test_averages_are_the_same_bits_on_every_rank(compressor):
     results = run_ranks(average_rounds, 4, 4, compressor)
     for number in range(6):

@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    SignSGD,
+    TopK,
+)
 from lbgm_compress.adapters.horovod import DistributedOptimizer
 from lbgm_compress.wire.values import as_bytes
 from tests.horovod_ranks import horovodrun, jobs_end, needs_horovod, run_horovod  # noqa: F401
@@ -163,6 +171,8 @@ def test_every_compressor_works_and_replicas_agree():
         LBGM(TopK(0.1), delta=0.5),
         LBGM(ErrorFeedback(SignSGD(scaled=True))),
         ErrorFeedback(LBGM(Atomo(2))),
+        ErrorFeedback(LookBackSubspace(2, 0.5, values="int2")),
+        LookBackSubspace(2, 0.3, view="flat"),
     ]
     results = run_horovod(every_compressor, 3, compressors)
     for i, compressor in enumerate(compressors):

@@ -37,7 +37,7 @@ COMPRESSORS = [
     LBGM(SignSGD()),
     ErrorFeedback(LBGM(Atomo(2, unbiased=True))),
     LookBackSubspace(3, 0.5, refresh=2, values="float32"),
-    LookBackSubspace(4, 0.9, values="int2"),
+    LookBackSubspace(4, 0.9, values="int4", directions="int2"),
     LookBackSubspace(2, 0.3, view="flat", values="float16"),
 ]
 STRINGS = 10_000  # for each of the compressors

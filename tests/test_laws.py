@@ -56,6 +56,7 @@ COMPRESSORS = [
     LookBackSubspace(1, 0.2, view="flat", values="float32"),
     LookBackSubspace(4, 0.5, view="flat", refresh=2),
     ErrorFeedback(LookBackSubspace(2, 0.95, values="int2")),
+    ErrorFeedback(LookBackSubspace(4, 0.9, values="int4", directions="int2")),
     ErrorFeedback(LookBackSubspace(3, 0.8, view="flat", values="int4")),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

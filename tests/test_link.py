@@ -6,15 +6,15 @@ import csv
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import link
-import numpy as np
 import pytest
+
+from tests.idx import write_idx
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "link.py")]
@@ -22,19 +22,9 @@ SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "link.py")]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Return a folder of IDX files: noise, with a bright square whose place is the class."""
+    """Return a folder of IDX files."""
     folder = tmp_path_factory.mktemp("idx")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 2048), ("t10k", 400)):
-        labels = rng.integers(0, 10, count, dtype=np.uint8)
-        pixels = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
-        for image, label in zip(pixels, labels, strict=True):
-            row, column = divmod(int(label), 4)
-            image[8 * row : 8 * row + 6, 7 * column : 7 * column + 6] = 250
-        header = struct.pack(">iiii", 2051, count, 28, 28)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        header = struct.pack(">ii", 2049, count)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    write_idx(folder, train=2048, test=400)
     return folder
 
 

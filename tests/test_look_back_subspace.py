@@ -328,6 +328,8 @@ def test_impossible_payloads_are_named(front, message):
         ({"refresh": 5}, "refresh must be at most rank"),
         ({"refresh": True}, "refresh must be a whole number"),
         ({"values": "int3"}, "values must be one of"),
+        ({"values": None}, "values must be one of"),
+        ({"directions": "int3"}, "directions must be one of"),
     ],
 )
 def test_bad_parameters_are_refused(arguments, message):

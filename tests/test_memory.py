@@ -7,7 +7,17 @@ import gc
 import pytest
 import torch
 
-from lbgm_compress import LBGM, Atomo, Identity, Receiver, Sender, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    Identity,
+    LookBackSubspace,
+    Receiver,
+    Sender,
+    SignSGD,
+    TopK,
+)
+from lbgm_compress.wire.values import values_size
 
 N = 1_000_000
 TENSORS = 3
@@ -65,6 +75,16 @@ def test_receiver_holds_the_inner_payloads_and_nothing_else(inner):
 def test_compressors_without_a_memory_hold_nothing(compressor):
     sender, receiver, _ = rounds(compressor)
     assert held(sender) + held(receiver) <= SMALL
+
+
+@pytest.mark.parametrize("values", ["float32", "int8", "int2"])
+def test_both_ends_of_a_subspace_hold_directions_as_they_were_sent(values):
+    compressor = LookBackSubspace(4, 0.1, values=values)
+    sender, receiver, _ = rounds(compressor)
+    directions = 4 * values_size(1000, values, torch.float32)
+    assert 0 <= held(receiver) - TENSORS * directions < 100
+    # And two in float32 to start from.
+    assert 0 <= held(sender) - TENSORS * (directions + 2 * 4 * 1000) < 100
 
 
 def test_receiver_of_many_workers_holds_their_compressed_gradients():

@@ -106,8 +106,10 @@ class LookBackSubspace(Compressor):
         Number of directions that are replaced at once, at most `rank`.
     values
         Precision of coefficients and directions: "float32", "float16", "bfloat16", or "int8",
-        "int4" and "int2" in blocks of 256 with a scale each. Inside `ErrorFeedback`, "int2" costs
-        next to no accuracy; without it, use "int8" or more.
+        "int4" and "int2" in blocks of 256 with a scale each.
+    directions
+        Precision of directions, if it is to be another; None: that of `values`. Inside
+        `ErrorFeedback`, coefficients in "int4" on directions in "int2" cost next to no accuracy.
 
     Raises
     ------
@@ -134,6 +136,7 @@ class LookBackSubspace(Compressor):
     view: str = "matrix"
     refresh: int = 1
     values: str = "int8"
+    directions: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "refresh"):
@@ -148,8 +151,11 @@ class LookBackSubspace(Compressor):
             raise ValueError(f"delta must be from 0 to 1, not {self.delta}")
         if self.view not in ("matrix", "flat"):
             raise ValueError(f'view must be "matrix" or "flat", not {self.view!r}')
-        if self.values not in PRECISIONS:
-            raise ValueError(f"values must be one of {', '.join(PRECISIONS)}, not {self.values!r}")
+        for name in ("values", "directions"):
+            precision = getattr(self, name)
+            if precision not in PRECISIONS and (name, precision) != ("directions", None):
+                known = ", ".join(PRECISIONS)
+                raise ValueError(f"{name} must be one of {known}, not {precision!r}")
 
     @property
     def looks_back(self) -> bool:
@@ -205,11 +211,10 @@ class LookBackSubspace(Compressor):
     def _work(
         self, grad: Tensor, state: State, matrix: Tensor, scale: float, square: float
     ) -> _Work:
-        precision = precision_of(self.values, grad.dtype)
-        work = _Work(grad, state, matrix, scale, square, precision)
+        work = _Work(grad, state, matrix, scale, square, *self._precisions(grad))
         if "directions" in state:
             work.sections = state["directions"]
-            work.basis = decode_rows(work.sections, matrix.shape[1], precision, matrix.dtype)
+            work.basis = decode_rows(work.sections, matrix.shape[1], work.directions, matrix.dtype)
             work.ahead = state["ahead"]
         return work
 
@@ -270,7 +275,7 @@ class LookBackSubspace(Compressor):
                 continue
             changed.append(w)
             new, w.ahead = found[: len(w.slots)], found[len(w.slots) :][:SPARE].clone()
-            w.new_sections, new = encode_rows(new, w.precision)
+            w.new_sections, new = encode_rows(new, w.directions)
             w.sections = _replaced(w.sections, w.slots, w.new_sections)
             w.products = _replaced(w.products.T[: len(w.basis)], w.slots, (w.matrix @ new.T).T).T
             w.basis = _replaced(w.basis, w.slots, new)
@@ -285,7 +290,7 @@ class LookBackSubspace(Compressor):
         held = norms * left.norm(dim=0)
         usable = int((held.square() > NEGLIGIBLE * held.square().max()).sum())
         rows = (right[:, :usable] / norms[:usable]).T.contiguous()
-        w.sections, w.basis = encode_rows(rows[: self.rank], w.precision)
+        w.sections, w.basis = encode_rows(rows[: self.rank], w.directions)
         w.ahead = rows[self.rank :].clone()
         w.products = w.matrix @ w.basis.T
         w.inverse = _inverse(_to_host([w.basis @ w.basis.T])[0])
@@ -296,7 +301,7 @@ class LookBackSubspace(Compressor):
         coefficients = (w.products[:, :r] @ _on(w.inverse, w.matrix)).T * w.scale
         if not bool(coefficients.isfinite().all()):
             return raw(self, w.grad, w.state)
-        section, values = encode_values(coefficients.reshape(-1), w.precision)
+        section, values = encode_values(coefficients.reshape(-1), w.values)
         decoded = LowRank(values.view(r, -1).T, w.basis.T, w.grad)
         state = {"directions": w.sections, "ahead": w.ahead}
         if w.first:
@@ -325,18 +330,18 @@ class LookBackSubspace(Compressor):
         if (kind == VALUES) != (sides is None):
             raise PayloadError(f"a payload of kind {kind} is not for shape {tuple(like.shape)}")
         if sides is None:
-            values = decode_values(body, like.numel(), self.values, like.dtype)
-            return Dense(values.reshape(like.shape).clone()), state
+            section = decode_values(body, like.numel(), self.values, like.dtype)
+            return Dense(section.reshape(like.shape).clone()), state
         m, n = sides
         dtype = _working_dtype(like)
-        precision = precision_of(self.values, like.dtype)
-        size = values_size(n, precision, dtype)
+        values, directions = self._precisions(like)
+        size = values_size(n, directions, dtype)
         if kind & Kind.USES and "directions" not in state:
             raise OutOfSyncError("the payload needs look-back directions, and none are held")
         held = torch.empty((0, size), dtype=torch.uint8, device=like.device)
         if kind & Kind.USES:
             held = state["directions"]
-        basis = decode_rows(held, n, precision, dtype)
+        basis = decode_rows(held, n, directions, dtype)
         if kind & Kind.SETS:
             front = body[: 9 * (self.rank + 1)].tolist()
             [count], start = read_varints(front, 1)
@@ -352,11 +357,11 @@ class LookBackSubspace(Compressor):
             if body.numel() < end:
                 raise PayloadError(f"{body.numel()} bytes, {end} expected before coefficients")
             sections = body[start:end].clone().view(count, size)
-            rows = decode_rows(sections, n, precision, dtype)
+            rows = decode_rows(sections, n, directions, dtype)
             body = body[end:]
             held, basis = _replaced(held, slots, sections), _replaced(basis, slots, rows)
             state = {"directions": held}
-        coefficients = decode_values(body, len(basis) * m, precision, dtype)
+        coefficients = decode_values(body, len(basis) * m, values, dtype)
         coefficients = coefficients.reshape(len(basis), m).clone()
         return LowRank(coefficients.T, basis.T, like), state
 
@@ -366,6 +371,11 @@ class LookBackSubspace(Compressor):
             if not before < slot < self.rank or slot > total:
                 raise PayloadError(f"the payload replaces direction {slot} of {held}")
             total += slot == total
+
+    def _precisions(self, like: Tensor) -> tuple[str, str]:
+        """Return the precisions of coefficients and directions."""
+        directions = self.values if self.directions is None else self.directions
+        return precision_of(self.values, like.dtype), precision_of(directions, like.dtype)
 
     def _sides(self, like: Tensor) -> tuple[int, int] | None:
         """Return the sides of the matrix, or None for a tensor sent in `values` precision."""
@@ -389,8 +399,10 @@ class _Work:
     """By what the gradient was divided."""
     square: float
     """|matrix|^2."""
-    precision: str
-    """That of coefficients and directions."""
+    values: str
+    """Precision of coefficients."""
+    directions: str
+    """Precision of directions."""
     sections: Tensor = field(default_factory=lambda: torch.empty(0))
     """The directions as they are sent, r x size."""
     basis: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -1,0 +1,139 @@
+"""Measure what a server keeps of a client, and what the client's messages weigh.
+
+Tensors of one shape are measured once, with random gradients, and counted as often as a model has
+them, so that a model need not fit into memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from command_line import Parser, check_file
+from report import human_bytes
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from shapes import resnet50_shapes, transformer_shapes
+from torch import Tensor
+
+from lbgm_compress import Receiver, Sender
+from lbgm_compress.expression import parse_compressor
+
+MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
+    "ResNet-50": resnet50_shapes,
+    "transformer, 1.3 billion": transformer_shapes,
+}
+COMPRESSORS = (
+    "LBGM()",
+    "LBGM(TopK(0.01))",
+    "LookBackSubspace(4)",
+    "LookBackSubspace(4, values='int2')",
+    "LookBackSubspace(8, values='int2')",
+)
+CLIENTS = 1_000_000
+
+
+class Row(NamedTuple):
+    """Bytes for one model and compressor."""
+
+    model: str
+    compressor: str
+    dense: int
+    """The gradient in float32."""
+    server: int
+    """What a Receiver keeps of one client."""
+    client: int
+    """What a Sender keeps, a residual aside."""
+    first: int
+    """The first message."""
+    later: int
+    """A later one that replaces, of random gradients, all that it can."""
+
+
+def kept(state: Any) -> int:
+    """Return the bytes of all tensors in a nested dict."""
+    if isinstance(state, Tensor):
+        return state.untyped_storage().nbytes()
+    if isinstance(state, dict):
+        return sum(kept(value) for value in state.values())
+    return 0
+
+
+def measure(shape: tuple[int, ...], compressor: str) -> tuple[int, int, int, int]:
+    """Return server, client, first and later bytes for one tensor."""
+    like = {"tensor": torch.empty(1).expand(shape)}
+    sender = Sender(parse_compressor(compressor))
+    receiver = Receiver(sender.compressor, like)
+    sizes = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        message = sender.compress({"tensor": torch.randn(shape, generator=generator)})
+        receiver.decompress("client", message)
+        sizes.append(sum(report.bytes for report in sender.report().values()))
+    return kept(receiver.state_dict()), kept(sender.state_dict()), sizes[0], sizes[1]
+
+
+def rows(advance: Callable[[], None]) -> Iterator[Row]:
+    """Measure every model and compressor."""
+    for model, shapes in MODELS.items():
+        counts = Counter(shapes().values())
+        dense = 4 * sum(torch.Size(shape).numel() * n for shape, n in counts.items())
+        for compressor in COMPRESSORS:
+            totals = [0, 0, 0, 0]
+            for shape, count in counts.items():
+                for i, number in enumerate(measure(shape, compressor)):
+                    totals[i] += count * number
+            advance()
+            yield Row(model, compressor, dense, *totals)
+
+
+def table_of(model: str, found: list[Row]) -> Table:
+    """Lay out a model's rows."""
+    table = Table(title=f"{model}: {human_bytes(found[0].dense)} dense (float32)")
+    table.add_column("compressor", no_wrap=True)
+    heads = ("first message", "a later one, full or refreshed", "kept by the client")
+    for head in (*heads, "kept by the server", f"of {CLIENTS:,} clients"):
+        table.add_column(head, justify="right")
+    for row in found:
+        numbers = (row.first, row.later, row.client, row.server, CLIENTS * row.server)
+        table.add_row(row.compressor, *map(human_bytes, numbers))
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = Parser("memory.py", __doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("memory.csv"),
+        metavar="FILE",
+        help="CSV to write (default: memory.csv)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        check_file(options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("measuring", total=len(MODELS) * len(COMPRESSORS))
+        found = list(rows(lambda: progress.advance(bar)))
+    with options.out.open("w", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(found)
+    for model in MODELS:
+        console.print(table_of(model, [row for row in found if row.model == model]))
+    console.print(f"Written to {options.out}.", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
