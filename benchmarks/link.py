@@ -56,8 +56,8 @@ METHODS = (
     "LBGM(Atomo(4), delta=0.2)",
     "LBGM(ErrorFeedback(Atomo(4)), delta=0.2)",
     "LBGM(ErrorFeedback(Atomo(4)), delta=0.5)",
-    "ErrorFeedback(LookBackSubspace(4, 0.9, values='int4', directions='int2'))",
-    "ErrorFeedback(LookBackSubspace(8, 0.8, values='int4', directions='int2'))",
+    "ErrorFeedback(LookBackSubspace(4, 0.5, refresh=4, values='int4'))",
+    "ErrorFeedback(LookBackSubspace(8, 0.5, refresh=8, values='int4'))",
 )
 # Images a step of all ranks together.
 CASES = {"large": 1024, "small": 64}

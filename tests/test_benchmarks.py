@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 
 import encode
+import memory
 import pytest
+import torch
 import wire
-from shapes import resnet50_shapes
+from shapes import resnet50_shapes, transformer_shapes
+
+from lbgm_compress import ErrorFeedback, LookBackSubspace, Receiver, Sender
+from lbgm_compress.expression import parse_compressor
 
 
 def read(file):
@@ -38,10 +43,45 @@ def test_times_are_measured_beside_their_peers(tmp_path, capsys):
         assert float(rows[what]["encode_ms"]) > 0
         assert float(rows[what]["ratio_to_peer"]) > 0
         assert rows[what]["peer"] in rows
+    for rank in encode.RANKS:
+        assert float(rows[encode.power_name(rank)]["encode_ms"]) > 0
+        for delta in (0.0, 1.0):
+            row = rows[repr(ErrorFeedback(LookBackSubspace(rank, delta)))]
+            assert row["peer"] == encode.power_name(rank)
+            assert float(row["ratio_to_peer"]) > 0
+            assert float(row["decode_ms"]) > 0
     assert "LBGM(TopK(0.01))" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [wire, encode])
+def test_memory_of_a_model_is_that_of_its_tensors(tmp_path, capsys, monkeypatch):
+    shapes = {"a": (64, 512), "b": (64, 512), "bias": (64,)}
+    monkeypatch.setattr(memory, "MODELS", {"small": lambda: shapes})
+    assert memory.main(["--out", str(tmp_path / "memory.csv")]) == 0
+    rows = {row["compressor"]: row for row in read(tmp_path / "memory.csv")}
+    grads = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for compressor, row in rows.items():
+        sender = Sender(parse_compressor(compressor))
+        receiver = Receiver(sender.compressor, grads)
+        sizes = []
+        for _ in range(2):
+            receiver.decompress(0, sender.compress(grads))
+            sizes.append(sum(report.bytes for report in sender.report().values()))
+            grads = {name: torch.randn(shape) for name, shape in shapes.items()}
+        assert int(row["dense"]) == 4 * (2 * 64 * 512 + 64)
+        assert int(row["server"]) == memory.kept(receiver.state_dict())
+        # Positions and replacements differ with the random gradients, and little.
+        assert int(row["first"]) == pytest.approx(sizes[0], rel=0.02)
+        assert int(row["later"]) == pytest.approx(sizes[1], rel=0.02)
+    assert int(rows["LookBackSubspace(4)"]["server"]) == 2 * 4 * (512 + 8)
+    assert "1,000,000 clients" in capsys.readouterr().out
+
+
+def test_transformer_has_as_many_parameters_as_it_says():
+    total = sum(torch.Size(shape).numel() for shape in transformer_shapes().values())
+    assert 1.3e9 < total < 1.35e9
+
+
+@pytest.mark.parametrize("script", [wire, encode, memory])
 def test_file_that_cannot_be_written_is_told_before_measuring(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(["--out", str(tmp_path / "missing" / "x.csv")])

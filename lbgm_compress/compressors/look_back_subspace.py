@@ -302,7 +302,7 @@ class LookBackSubspace(Compressor):
         if not bool(coefficients.isfinite().all()):
             return raw(self, w.grad, w.state)
         section, values = encode_values(coefficients.reshape(-1), w.values)
-        decoded = LowRank(values.view(r, -1).T, w.basis.T, w.grad)
+        decoded = _low_rank(values.view(r, -1), w.basis, w.grad)
         state = {"directions": w.sections, "ahead": w.ahead}
         if w.first:
             kind, front, new = FULL, varint(r), w.sections
@@ -363,7 +363,7 @@ class LookBackSubspace(Compressor):
             state = {"directions": held}
         coefficients = decode_values(body, len(basis) * m, values, dtype)
         coefficients = coefficients.reshape(len(basis), m).clone()
-        return LowRank(coefficients.T, basis.T, like), state
+        return _low_rank(coefficients, basis, like), state
 
     def _check_slots(self, slots: Sequence[int], held: int) -> None:
         total = held
@@ -457,6 +457,12 @@ class _Span(NamedTuple):
 
 def _working_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _low_rank(coefficients: Tensor, basis: Tensor, like: Tensor) -> Decoded:
+    """Return what coefficients (r x m) on directions (r x n) stand for."""
+    # A product may depend on the layout of its factors, which both ends must share.
+    return LowRank(coefficients.contiguous().T, basis.contiguous().T, like)
 
 
 def _zero(like: Tensor) -> Decoded:
