@@ -33,8 +33,8 @@ COMPRESSORS = (
     "LBGM()",
     "LBGM(TopK(0.01))",
     "LookBackSubspace(4)",
-    "LookBackSubspace(4, values='int2')",
-    "LookBackSubspace(8, values='int2')",
+    "LookBackSubspace(4, values='int4')",
+    "LookBackSubspace(8, values='int4')",
 )
 CLIENTS = 1_000_000
 

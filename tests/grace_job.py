@@ -23,7 +23,7 @@ from grace_dl.torch.memory.residual import ResidualMemory
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, LookBackSubspace, SignSGD, TopK
 from lbgm_compress.adapters.grace import FromGrace, GraceCompressor
 from lbgm_compress.adapters.horovod import DistributedOptimizer
 
@@ -130,6 +130,7 @@ def grace_compressor():
             (LBGM(TopK(0.1)), 0.1),
             (LBGM(Atomo(rank=2)), 0.1),
             (LBGM(SignSGD(scaled=True)), 0.05),
+            (LookBackSubspace(8, values="int8"), 0.1),
         ):
             communicator = Allgather(GraceCompressor(compressor), memory(), world)
             name = f"Allgather({compressor!r}, {memory.__name__})"

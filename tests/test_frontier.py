@@ -91,6 +91,7 @@ def test_rows_hold_the_mean_over_seeds_and_say_when_one_misses():
     dense, sign, topk = rows_of(runs, "local-iid", "fcn")
     assert (dense.method, dense.seeds, dense.saving) == ("Identity()", 2, 1)
     assert (topk.accuracy, topk.kilobytes) == (pytest.approx(0.75), None)
+    assert (dense.points, topk.points) == (0, pytest.approx(-5))
     # Four evaluations, ten workers.
     assert sign.kilobytes == pytest.approx(4 * 4 / 1e3 / 10)
     assert sign.kilobytes_power is None
@@ -99,7 +100,7 @@ def test_rows_hold_the_mean_over_seeds_and_say_when_one_misses():
 
 def test_front_leaves_out_what_another_beats_in_both():
     rows = [
-        frontier.Row(name, 1, accuracy, saving, 0.0, None, None)
+        frontier.Row(name, 1, accuracy, 100 * accuracy, saving, 0.0, None, None)
         for name, accuracy, saving in (
             ("a", 0.9, 1),
             ("b", 0.8, 10),

@@ -19,6 +19,7 @@ from lbgm_compress import (
     Atomo,
     ErrorFeedback,
     Identity,
+    LookBackSubspace,
     OutOfSyncError,
     PayloadError,
     Receiver,
@@ -215,6 +216,7 @@ OURS = [
     LBGM(SignSGD(), delta=0.8),
     ErrorFeedback(LBGM(Atomo(rank=2))),
     LBGM(FromGrace(protocol.LargestK(0.1)), delta=0.6),
+    LookBackSubspace(4, 0.9, values="int4"),
 ]
 
 

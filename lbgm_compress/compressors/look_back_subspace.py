@@ -106,10 +106,11 @@ class LookBackSubspace(Compressor):
         Number of directions that are replaced at once, at most `rank`.
     values
         Precision of coefficients and directions: "float32", "float16", "bfloat16", or "int8",
-        "int4" and "int2" in blocks of 256 with a scale each.
+        "int4" and "int2" in blocks of 256 with a scale each. Inside `ErrorFeedback`, "int4" costs
+        next to no accuracy, and "int2", which has no zero, much.
     directions
-        Precision of directions, if it is to be another; None: that of `values`. Inside
-        `ErrorFeedback`, coefficients in "int4" on directions in "int2" cost next to no accuracy.
+        Precision of directions, if it is to be another; None: that of `values`. Directions bear
+        "int2" where a layer's inputs are not mostly zeros.
 
     Raises
     ------
