@@ -181,7 +181,7 @@ def build_parser() -> Parser:
     )
     shaping.add_argument(
         "--values",
-        help="precision of TopK's values: float32, float16, bfloat16 or int8 "
+        help="precision of TopK's values: float32, float16, bfloat16, int8, int4 or int2 "
         f"(default: {METHOD_OPTIONS['values']})",
     )
     shaping.add_argument(

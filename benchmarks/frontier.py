@@ -456,7 +456,10 @@ def draw(folder: Path, runs: Runs) -> list[Path]:
 
     files = []
     for setting in SETTINGS:
-        models = sorted({what.model for what in runs if what.setting == setting})
+        # Without dense training there is nothing to hold the others against.
+        models = sorted(
+            {w.model for w in runs if w.setting == setting and w.method == DENSE},
+        )
         if not models:
             continue
         figure, panels = pyplot.subplots(

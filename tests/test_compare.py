@@ -172,7 +172,7 @@ def test_methods_are_those_that_were_asked_for(tmp_path):
         (["--ratio", "2"], "ratio must be above 0 and at most 1, not 2"),
         (["--delta", "-1"], "delta must be from 0 to 1"),
         (["--rank", "0"], "rank must be a whole number of at least 1"),
-        (["--values", "int4"], "values must be one of"),
+        (["--values", "int3"], "values must be one of"),
         (["--ratio", "0.1", "--methods", "TopK(0.1)"], "--ratio shapes the default methods"),
         (["--partition", "classes:11"], "11 classes a worker, the data have 1 to 10"),
         (["--partition", "shards"], "none of iid, classes:N"),

@@ -42,6 +42,11 @@ def test_runs_are_kept_and_not_done_again(tmp_path, folder, capsys, monkeypatch)
     assert "kB to dense - 0.5" in printed
     assert (tmp_path / "frontier-local-iid.png").read_bytes().startswith(b"\x89PNG")
 
+    # Without dense training there is a table, and no picture.
+    alone = [*QUICK, "--data-dir", folder, "--out", str(tmp_path / "alone")]
+    assert frontier.main([*alone, "--settings", "local-iid", "--methods", "SignSGD()"]) == 0
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == ["frontier.csv"]
+
     # Adds one setting and does nothing else.
     done = []
     monkeypatch.setattr(frontier, "write_csv", lambda file, runs: done.append(list(runs)))

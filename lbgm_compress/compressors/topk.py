@@ -35,8 +35,8 @@ class TopK(Compressor):
     ratio
         Share of the entries to send, above 0 and at most 1.
     values
-        Precision of the values: "float32", "float16", "bfloat16", or "int8" in blocks of 256 with
-        a scale each. A tensor of narrower dtype keeps its own.
+        Precision of the values: "float32", "float16", "bfloat16", or "int8", "int4" and "int2" in
+        blocks of 256 with a scale each. A tensor of narrower dtype keeps its own.
 
     Raises
     ------
