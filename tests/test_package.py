@@ -22,6 +22,7 @@ def test_public_names_are_pinned():
         "ErrorFeedback",
         "Identity",
         "LBGM",
+        "LookBackSubspace",
         "OutOfSyncError",
         "PayloadError",
         "Receiver",
