@@ -207,23 +207,21 @@ def add_subspace_steps(
     gradients: dict[str, Tensor],
     others: dict[str, Tensor],
 ) -> None:
-    """Add a later round's encoding and decoding."""
+    """Add encoding and decoding as training does them: round after round, gradients alternate."""
     sender, receiver = Sender(compressor), Receiver(compressor, like=gradients)
     receiver.decompress("worker", sender.compress(gradients))
-    sent, held = sender.state_dict(), receiver.state_dict()
-    message = sender.compress(others)
+    latest: dict[str, Tensor] = {}
+    turn = [others, gradients]
+    into = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
 
     def encode() -> None:
-        sender.load_state_dict(sent)
-        sender.compress(others)
+        latest["message"] = sender.compress(turn[0])
+        turn.reverse()
 
-    def decode() -> None:
-        receiver.load_state_dict(held)
-        receiver.accumulate("worker", message, into, 0.25)
-
-    into = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
     steps[f"{compressor!r} encode"] = encode
-    steps[f"{compressor!r} decode"] = decode
+    steps[f"{compressor!r} decode"] = lambda: receiver.accumulate(
+        "worker", latest["message"], into, 0.25
+    )
 
 
 def factors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:

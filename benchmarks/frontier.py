@@ -80,6 +80,7 @@ SUBSPACES = written(
     *(ErrorFeedback(LookBackSubspace(rank, 0.9, values="int4")) for rank in (4, 8)),
     ErrorFeedback(LookBackSubspace(8, 0.7, refresh=2, values="int4")),
     ErrorFeedback(LookBackSubspace(12, 0.7, refresh=2, values="int4")),
+    ErrorFeedback(LookBackSubspace(16, 0.5, refresh=4, values="int4")),
     ErrorFeedback(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
     ErrorFeedback(LookBackSubspace(4, 0.9, values="int8")),
     ErrorFeedback(LookBackSubspace(4, 0.9, values="int2")),
@@ -88,7 +89,7 @@ SUBSPACES = written(
 POWER_SGD = ("PowerSGD(rank=1)", "PowerSGD(rank=2)", "PowerSGD(rank=4)")
 ALL = (DENSE, *TOPK, *COARSE_TOPK, repr(SIGN), *ATOMO, *LOOK_BACK, *SUBSPACES)
 # For the models that take long.
-FEW = (DENSE, *TOPK[1:], *COARSE_TOPK, *SUBSPACES[2:4], *SUBSPACES[7:11])
+FEW = (DENSE, *TOPK[1:], *COARSE_TOPK, *SUBSPACES[2:4], *SUBSPACES[7:12])
 # Families in the pictures, the first that a method's text contains.
 FAMILIES = {
     "LookBackSubspace": ("tab:red", "o"),

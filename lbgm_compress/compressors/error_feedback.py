@@ -68,6 +68,15 @@ class ErrorFeedback(Compressor):
         return self.encode_batch([grad], [state])[0]
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        if grads and grads[0].device.type == "cpu":
+            # There is nothing to synchronise, and a tensor is still in the cache when its residual
+            # is taken.
+            return [
+                self._encode([grad], [state])[0] for grad, state in zip(grads, states, strict=True)
+            ]
+        return self._encode(grads, states)
+
+    def _encode(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         corrected = [
             grad + state["residual"] if "residual" in state else _wide(grad)
             for grad, state in zip(grads, states, strict=True)
@@ -75,9 +84,11 @@ class ErrorFeedback(Compressor):
         narrow = [c.to(grad.dtype) for c, grad in zip(corrected, grads, strict=True)]
         inner = self.inner.encode_batch(narrow, [state.get("inner", {}) for state in states])
         results = []
-        for i, finite in enumerate(all_finite(narrow)):
-            grad, state, encoding = grads[i], states[i], inner[i]
-            if not finite:
+        sent_raw = [i for i, encoding in enumerate(inner) if encoding.head[0] & Kind.RAW]
+        finite = dict(zip(sent_raw, all_finite([narrow[i] for i in sent_raw]), strict=True))
+        for i, encoding in enumerate(inner):
+            grad, state = grads[i], states[i]
+            if not finite.get(i, True):
                 results.append(raw(self, grad, state))
                 continue
             if encoding.head[0] & Kind.RAW:

@@ -195,10 +195,13 @@ class LookBackSubspace(Compressor):
                 square = float(matrix.reshape(-1).double().square().sum())
             works[i] = self._work(grad, state, matrix, scale, square)
         held = [w for w in works.values() if len(w.basis)]
-        self._project(held)
-        for w in held:
-            self._decide(w)
-        self._refresh([w for w in held if w.slots])
+        # On the CPU there is nothing to synchronise, and a matrix is read again from the cache.
+        on_cpu = all(w.matrix.device.type == "cpu" for w in held)
+        for some in [[w] for w in held] if on_cpu else [held]:
+            self._project(some)
+            for w in some:
+                self._decide(w)
+            self._refresh([w for w in some if w.slots])
         for i, w in works.items():
             if not len(w.basis):
                 self._start(w)
