@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lbgm_compress
 from lbgm_compress import Compressor, PayloadError, Receiver, Sender
+from lbgm_compress.wire.values import as_bytes
 
 __all__ = ["assert_same_bits", "check_laws", "check_repr"]
 
@@ -21,7 +22,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
     if isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+        a, b = (as_bytes(t.contiguous()) for t in (a, b))
         assert torch.equal(a, b), f"{int((a != b).sum())} bytes of {a.numel()} differ"
     elif isinstance(a, Mapping):
         assert a.keys() == b.keys()

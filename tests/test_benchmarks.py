@@ -68,12 +68,13 @@ def test_memory_of_a_model_is_that_of_its_tensors(tmp_path, capsys, monkeypatch)
             sizes.append(sum(report.bytes for report in sender.report().values()))
             grads = {name: torch.randn(shape) for name, shape in shapes.items()}
         assert int(row["dense"]) == 4 * (2 * 64 * 512 + 64)
-        assert int(row["server"]) == memory.kept(receiver.state_dict())
+        kept = memory.kept(receiver.state_dict())
+        assert int(row["server"]) == pytest.approx(kept, rel=0.02)
         # Positions and replacements differ with the random gradients, and little.
         assert int(row["first"]) == pytest.approx(sizes[0], rel=0.02)
         assert int(row["later"]) == pytest.approx(sizes[1], rel=0.02)
     assert int(rows["LookBackSubspace(4)"]["server"]) == 2 * 4 * (512 + 8)
-    assert "1,000,000 clients" in capsys.readouterr().out
+    assert "1,000,000" in capsys.readouterr().out
 
 
 def test_transformer_has_as_many_parameters_as_it_says():

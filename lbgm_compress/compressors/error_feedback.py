@@ -84,11 +84,9 @@ class ErrorFeedback(Compressor):
         narrow = [c.to(grad.dtype) for c, grad in zip(corrected, grads, strict=True)]
         inner = self.inner.encode_batch(narrow, [state.get("inner", {}) for state in states])
         results = []
-        sent_raw = [i for i, encoding in enumerate(inner) if encoding.head[0] & Kind.RAW]
-        finite = dict(zip(sent_raw, all_finite([narrow[i] for i in sent_raw]), strict=True))
-        for i, encoding in enumerate(inner):
-            grad, state = grads[i], states[i]
-            if not finite.get(i, True):
+        for i, finite in enumerate(all_finite(narrow)):
+            grad, state, encoding = grads[i], states[i], inner[i]
+            if not finite:
                 results.append(raw(self, grad, state))
                 continue
             if encoding.head[0] & Kind.RAW:
