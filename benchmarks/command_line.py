@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-__all__ = ["Parser", "check_file", "check_folder"]
+__all__ = ["Parser", "check_file", "check_folder", "listed"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,3 +49,12 @@ def check_file(file: Path) -> None:
         file.touch()
     except OSError as error:
         raise ValueError(f"--out {file}: cannot write there: {error.strerror}") from None
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a reader of comma-separated values."""
+
+    def read(text: str) -> list[Any]:
+        return [convert(part) for part in text.split(",")]
+
+    return read

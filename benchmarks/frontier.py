@@ -15,13 +15,13 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from command_line import Parser, check_folder
+from command_line import Parser, check_folder, listed
 from datasets import Dataset, DatasetMissing, load, load_plays
 from engines import running
 from federated import Round, Training, run
@@ -515,11 +515,6 @@ def draw(folder: Path, runs: Runs) -> list[Path]:
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-
-def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a reader of comma-separated values."""
-    return lambda text: [convert(part) for part in text.split(",")]
 
 
 def build_parser() -> Parser:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command_line import Parser, check_folder
+from command_line import Parser, check_folder, listed
 from datasets import Dataset, DatasetMissing, load
 from models import build
 from rich.console import Console
@@ -471,15 +471,6 @@ def draw(folder: Path, epochs: Sequence[Epoch]) -> list[Path]:
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-
-def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a reader of comma-separated values."""
-
-    def read(text: str) -> list[Any]:
-        return [convert(part) for part in text.split(",")]
-
-    return read
 
 
 def build_parser() -> Parser:

@@ -50,6 +50,7 @@ __all__ = [
     "all_finite",
     "check_gradient",
     "raw",
+    "square_sum",
 ]
 
 State = dict[str, Any]
@@ -280,14 +281,15 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
         return []
     # A finite sum of squares means finite terms, and costs one read; only an infinite one, which
     # may also come from overflow, needs a closer look.
-    sums = torch.stack([_square_sum(tensor) for tensor in tensors])
+    sums = torch.stack([square_sum(tensor) for tensor in tensors])
     return [
         finite or bool(tensor.isfinite().all())
         for tensor, finite in zip(tensors, sums.isfinite().tolist(), strict=True)
     ]
 
 
-def _square_sum(tensor: Tensor) -> Tensor:
+def square_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of squares (0-d, float64), without synchronisation."""
     flat = tensor.reshape(-1)
     if flat.dtype.itemsize < 4:
         flat = flat.float()

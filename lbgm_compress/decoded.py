@@ -11,7 +11,7 @@ import abc
 import torch
 from torch import Tensor
 
-__all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "flat_dots"]
+__all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "flat_dots", "working_dtype"]
 
 
 def flat_dots(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,11 @@ class Sparse(Decoded):
 
     def scaled(self, factor: float) -> Decoded:
         return Sparse(self.indices, (self.values * factor).add_(0.0), self.shape)
+
+
+def working_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of factors of a tensor: float32, or float64 for float64."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 class LowRank(Decoded):

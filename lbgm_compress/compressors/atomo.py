@@ -18,7 +18,7 @@ from lbgm_compress.compressor import (
     raw,
 )
 from lbgm_compress.compressors.triplets import decomposition, leading_triplets
-from lbgm_compress.decoded import Decoded, Dense, LowRank
+from lbgm_compress.decoded import Decoded, Dense, LowRank, working_dtype
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes, decode_values, encode_values, values_size
@@ -117,7 +117,7 @@ class Atomo(Compressor):
         if count > most:
             raise PayloadError(f"{count} triplets in the payload, at most {most} expected")
         precision = str(like.dtype).removeprefix("torch.")
-        dtype = _working_dtype(like)
+        dtype = working_dtype(like)
         end = start + values_size(count * m, precision, dtype)
         left = decode_values(body[start:end], count * m, precision, dtype)
         right = decode_values(body[end:], count * n, precision, dtype)
@@ -144,10 +144,6 @@ class Atomo(Compressor):
         chosen = chosen.to(matrix.device)
         state = {"seed": state["seed"], "round": state["round"] + 1}
         return left[:, chosen], right[:, chosen] * weight, state
-
-
-def _working_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _probabilities(sigma: Tensor, budget: int) -> Tensor:

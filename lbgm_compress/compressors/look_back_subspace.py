@@ -18,9 +18,11 @@ from lbgm_compress.compressor import (
     PayloadError,
     State,
     raw,
+    square_sum,
 )
+from lbgm_compress.compressors.lbgm import CHUNK, MARGIN, SQUARES
 from lbgm_compress.compressors.triplets import leading_triplets
-from lbgm_compress.decoded import Decoded, Dense, LowRank, Sparse
+from lbgm_compress.decoded import Decoded, Dense, LowRank, Sparse, working_dtype
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import (
@@ -44,17 +46,12 @@ Host = npt.NDArray[np.float64]
 
 # Directions that only the sender knows, from which the next refresh starts.
 SPARE = 2
-# Squares outside this range may have lost bits to underflow, or overflowed.
-SQUARES = (1e-30, 1e36)
-# A phase error this close to the threshold is computed again in float64.
-MARGIN = 1e-4
 # What directions in float32 miss of a matrix within their span, and more.
 ROUNDING = 1e-12
 # Directions whose Gram matrix has eigenvalues below this share of the largest are dependent.
 DEPENDENT = 1e-5
 # Nor are directions worth sending that hold less than this share of a matrix's energy.
 NEGLIGIBLE = 1e-9
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, repr=False)
@@ -171,7 +168,7 @@ class LookBackSubspace(Compressor):
         return self.encode_batch([grad], [state])[0]
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        squares = _squares(grads)
+        squares = torch.stack([square_sum(grad) for grad in grads]).tolist() if grads else []
         results: dict[int, Encoding] = {}
         works: dict[int, _Work] = {}
         for i, (grad, state, square) in enumerate(zip(grads, states, squares, strict=True)):
@@ -189,7 +186,7 @@ class LookBackSubspace(Compressor):
             if sides is None:
                 results[i] = self._values(grad, state)
                 continue
-            matrix = grad.reshape(sides).to(_working_dtype(grad))
+            matrix = grad.reshape(sides).to(working_dtype(grad))
             if scale != 1.0:
                 matrix = matrix / scale
                 square = float(matrix.reshape(-1).double().square().sum())
@@ -303,7 +300,7 @@ class LookBackSubspace(Compressor):
     def _finished(self, w: _Work) -> Encoding:
         r = len(w.basis)
         coefficients = (w.products[:, :r] @ _on(w.inverse, w.matrix)).T * w.scale
-        if not bool(coefficients.isfinite().all()):
+        if w.scale != 1.0 and not bool(coefficients.isfinite().all()):
             return raw(self, w.grad, w.state)
         section, values = encode_values(coefficients.reshape(-1), w.values)
         decoded = _low_rank(values.view(r, -1), w.basis, w.grad)
@@ -337,7 +334,7 @@ class LookBackSubspace(Compressor):
             section = decode_values(body, like.numel(), self.values, like.dtype)
             return Dense(section.reshape(like.shape).clone()), state
         m, n = sides
-        dtype = _working_dtype(like)
+        dtype = working_dtype(like)
         values, directions = self._precisions(like)
         size = values_size(n, directions, dtype)
         if kind & Kind.USES and "directions" not in state:
@@ -459,10 +456,6 @@ class _Span(NamedTuple):
     inverse: Host
 
 
-def _working_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def _low_rank(coefficients: Tensor, basis: Tensor, like: Tensor) -> Decoded:
     """Return what coefficients (r x m) on directions (r x n) stand for."""
     # A product may depend on the layout of its factors, which both ends must share.
@@ -472,17 +465,6 @@ def _low_rank(coefficients: Tensor, basis: Tensor, like: Tensor) -> Decoded:
 def _zero(like: Tensor) -> Decoded:
     indices = torch.empty(0, dtype=torch.int64, device=like.device)
     return Sparse(indices, torch.empty(0, dtype=like.dtype, device=like.device), like.shape)
-
-
-def _squares(grads: Sequence[Tensor]) -> list[float]:
-    if not grads:
-        return []
-    squares = []
-    for grad in grads:
-        flat = grad.reshape(-1)
-        flat = flat.float() if flat.dtype.itemsize < 4 else flat
-        squares.append(torch.dot(flat, flat).double())
-    return torch.stack(squares).tolist()
 
 
 def _to_host(tensors: Sequence[Tensor]) -> list[Host]:
