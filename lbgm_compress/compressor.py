@@ -200,6 +200,18 @@ class Compressor(abc.ABC):
         """
         return state
 
+    def own_state(self, state: State) -> State:
+        """Return the part of a sender's `state` that its receiver does not hold."""
+        return state
+
+    def sender_state(self, own: State, held: State, like: Tensor) -> State:
+        """Put a sender's state together, from its own part and what its receiver holds.
+
+        The bits are those of the state that `own` was taken from, on the same device. `like` gives
+        shape, dtype and device of the gradient.
+        """
+        return own
+
     def head_size(self, like: Tensor) -> int:
         """Return the size in bytes of the fixed part of a payload, its kind included."""
         return 1

@@ -49,6 +49,10 @@ class Sender:
         What both ends use.
     seed
         Seed of the compressor's randomness, if it has any: give every worker another one.
+    compact
+        Keep what is looked back at as the receiver does, compressed, for a worker whose memory is
+        scarce, or whose state is moved about: it costs a decoding a round. What only the sender
+        knows, such as a residual, stays as it is.
 
     Examples
     --------
@@ -62,12 +66,13 @@ class Sender:
     TensorReport(recycled=True, phase_error=0.0, bytes=5)
     """
 
-    def __init__(self, compressor: Compressor, *, seed: int = 0) -> None:
+    def __init__(self, compressor: Compressor, *, seed: int = 0, compact: bool = False) -> None:
         _check_compressor(compressor)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be a whole number, not {seed!r}")
         self.compressor = compressor
         self.seed = seed
+        self.compact = compact
         self._tensors: dict[str, dict[str, Any]] = {}
         self._layouts: dict[tuple[str, ...], int] = {}
         self._report: dict[str, TensorReport] = {}
@@ -121,16 +126,15 @@ class Sender:
                 )
             self._check_known(name, tensor)
         known = [self._tensors.get(name) for name in names]
-        states: list[State] = [
-            entry["state"] if entry else self.compressor.initial_state(self._seed(name))
-            for name, entry in zip(names, known, strict=True)
-        ]
+        states = [self._state(*pair) for pair in zip(names, known, tensors, strict=True)]
         identifiers = [entry["id"] if entry else 0 for entry in known]
+        held = [entry["held"] if entry and self.compact else {} for entry in known]
         if peer is not None:
-            for i, held in enumerate(_from_digest(peer, len(names))):
-                if held != identifiers[i]:
+            for i, identifier in enumerate(_from_digest(peer, len(names))):
+                if identifier != identifiers[i]:
                     states[i] = self.compressor.forget(states[i])
                     identifiers[i] = 0
+                    held[i] = {}
 
         encodings = self.compressor.encode_batch(tensors, states)
         kinds = [encoding.head[0] for encoding in encodings]
@@ -143,16 +147,20 @@ class Sender:
         packed = message.pack(tensors[0].device)
 
         for i, name in enumerate(names):
-            encoding = encodings[i]
+            state: dict[str, Any] = {"state": encodings[i].state}
+            if self.compact:
+                if kinds[i] & Kind.SETS:
+                    held[i] = self.compressor.read(heads[i], bodies[i], held[i], tensors[i])[1]
+                state = {"own": self.compressor.own_state(encodings[i].state), "held": held[i]}
             self._tensors[name] = {
                 "id": new if kinds[i] & Kind.SETS else identifiers[i],
                 "shape": tuple(tensors[i].shape),
                 "dtype": str(tensors[i].dtype),
-                "state": encoding.state,
+                **state,
             }
         self._report = {
             name: TensorReport(
-                recycled=bool(kind & Kind.USES) and not kind & Kind.SETS,
+                recycled=_recycled(kind),
                 phase_error=encoding.phase_error,
                 bytes=size,
             )
@@ -169,8 +177,11 @@ class Sender:
     def reset(self) -> None:
         """Forget all look-back gradients: the next message is full. Residuals stay."""
         for entry in self._tensors.values():
-            entry["state"] = self.compressor.forget(entry["state"])
+            mine = "own" if self.compact else "state"
+            entry[mine] = self.compressor.forget(entry[mine])
             entry["id"] = 0
+            if self.compact:
+                entry["held"] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors and numbers, which shares their memory.
@@ -190,16 +201,30 @@ class Sender:
         Raises
         ------
         ValueError
-            If it is that of another compressor or no such state. The state is as it was.
+            If it is that of another compressor, of a compact sender where this is none (or the
+            other way round), or no such state. The state is as it was.
         """
         _check_state(state, self.compressor, ("seed", "tensors"))
+        parts = {"own", "held"} if self.compact else {"state"}
         for name, entry in state["tensors"].items():
-            if not isinstance(entry, Mapping) or set(entry) != {"id", "shape", "dtype", "state"}:
-                raise ValueError(f"the state of tensor {name!r} is not that of a Sender")
+            if not isinstance(entry, Mapping) or set(entry) != {"id", "shape", "dtype", *parts}:
+                raise ValueError(
+                    f"the state of tensor {name!r} is not that of a Sender with "
+                    f"compact={self.compact}"
+                )
         self.seed = state["seed"]
         self._tensors = {name: dict(entry) for name, entry in state["tensors"].items()}
         self._layouts = {}
         self._report = {}
+
+    def _state(self, name: str, entry: dict[str, Any] | None, like: Tensor) -> State:
+        """Return a tensor's state as the compressor wants it."""
+        if entry is None:
+            return self.compressor.initial_state(self._seed(name))
+        if not self.compact:
+            state: State = entry["state"]
+            return state
+        return self.compressor.sender_state(entry["own"], entry["held"], like)
 
     def _seed(self, name: str) -> int:
         # Tensors of one worker must not share their randomness.
@@ -334,6 +359,30 @@ class Receiver:
         data = struct.pack(f"<{len(identifiers)}Q", *identifiers)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
+    def report(
+        self, message: Tensor, names: Iterable[str] | None = None
+    ) -> dict[str, TensorReport]:
+        """Say what a message holds of each tensor, without decoding it.
+
+        Of `TensorReport`, the phase errors are None: they do not travel.
+
+        Raises
+        ------
+        PayloadError
+            If the bytes are not a message for these tensors.
+        """
+        names = self._names(names)
+        parts = self._unpack(message, names)
+        return {
+            name: TensorReport(_recycled(head[0]), None, size)
+            for name, head, size in zip(names, parts.heads, parts.sizes(), strict=True)
+        }
+
+    def held_bytes(self, sender_id: int | str) -> int:
+        """Return how many bytes of tensors this receiver holds of a sender."""
+        entries = self._senders.get(sender_id, {}).values()
+        return sum(_tensor_bytes(entry["state"]) for entry in entries)
+
     def head_size(self, names: Iterable[str] | None = None) -> int:
         """Return the size in bytes of the fixed-size head of a message for these tensors."""
         sizes = (self.compressor.head_size(self._like[name]) for name in self._names(names))
@@ -397,13 +446,9 @@ class Receiver:
         """Decode a message and return the tensors and what the sender's state becomes."""
         if not isinstance(sender_id, (int, str)):
             raise TypeError(f"a sender's id is an int or a str, not {type(sender_id).__name__}")
-        if not isinstance(message, Tensor) or message.dtype != torch.uint8 or message.dim() != 1:
-            raise TypeError("a message is a flat uint8 tensor")
         names = self._names(names)
         likes = {name: self._like[name] for name in names}
-        sizes = [self.compressor.head_size(like) for like in likes.values()]
-        layout = _layout(self._layouts, self.compressor, likes)
-        parts = Message.unpack(message.contiguous(), layout, sizes)
+        parts = self._unpack(message, names)
 
         held = self._senders.get(sender_id, {})
         used = []
@@ -434,9 +479,28 @@ class Receiver:
                 states[name] = {"id": parts.identifier, "state": state}
         return decoded, states
 
+    def _unpack(self, message: Tensor, names: list[str]) -> Message:
+        """Take a message apart."""
+        if not isinstance(message, Tensor) or message.dtype != torch.uint8 or message.dim() != 1:
+            raise TypeError("a message is a flat uint8 tensor")
+        likes = {name: self._like[name] for name in names}
+        sizes = [self.compressor.head_size(like) for like in likes.values()]
+        layout = _layout(self._layouts, self.compressor, likes)
+        return Message.unpack(message.contiguous(), layout, sizes)
+
     def _commit(self, sender_id: int | str, states: dict[str, dict[str, Any]]) -> None:
         if states:
             self._senders.setdefault(sender_id, {}).update(states)
+
+
+def _recycled(kind: int) -> bool:
+    return bool(kind & Kind.USES) and not kind & Kind.SETS
+
+
+def _tensor_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(_tensor_bytes, state.values())) if isinstance(state, Mapping) else 0
 
 
 def _check_compressor(compressor: Compressor) -> None:

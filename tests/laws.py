@@ -77,6 +77,7 @@ def check_laws(
 
             tensor, held = compressor.decompress(payload, receivers[name], grad)
             assert_same_bits(tensor, decoded)
+            assert_same_bits(compressor.sender_state(compressor.own_state(new), held, grad), new)
             out = torch.full_like(grad, 0.5, memory_format=torch.contiguous_format)
             expected = out + decoded * 0.3
             adders[name] = compressor.accumulate(payload, adders[name], out, 0.3)
@@ -114,14 +115,26 @@ def check_truncations(compressor: Compressor, payload: Tensor, state: Any, like:
 def check_ends(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
     """Sender and Receiver give the same, and go on after being saved and loaded."""
     sender, receiver = Sender(compressor, seed=1), Receiver(compressor, like=run[0])
+    compact = Sender(compressor, seed=1, compact=True)
     for number, grads in enumerate(run):
         if number == len(run) // 2:
-            states = saved_and_loaded((sender.state_dict(), receiver.state_dict()))
+            states = [saved_and_loaded(end.state_dict()) for end in (sender, receiver, compact)]
             sender, receiver = Sender(compressor), Receiver(compressor, like=run[0])
+            compact = Sender(compressor, compact=True)
             sender.load_state_dict(states[0])
             receiver.load_state_dict(states[1])
+            compact.load_state_dict(states[2])
         twin = copy.deepcopy(receiver)
         message = sender.compress(grads)
+        compact.compress(grads)
+        assert compact.report() == sender.report()
+        from_message = receiver.report(message)
+        assert {n: r.recycled for n, r in from_message.items()} == {
+            n: r.recycled for n, r in sender.report().items()
+        }
+        assert {n: r.bytes for n, r in from_message.items()} == {
+            n: r.bytes for n, r in sender.report().items()
+        }
         into = {
             n: torch.zeros_like(g, memory_format=torch.contiguous_format) for n, g in grads.items()
         }

@@ -281,3 +281,57 @@ def test_inf_on_one_tensor_leaves_the_others_compressed():
     assert_same_bits(decoded["a"], broken["a"])
     assert [sender.report()[name].recycled for name in "abc"] == [False, True, True]
     assert sender.compress(gradients()).numel() == 31
+
+
+def test_compact_sender_keeps_what_it_looks_back_at_as_compressed_as_its_receiver():
+    grads = {"weight": torch.randn(300, 100), "bias": torch.randn(100)}
+    compressor = LBGM(TopK(0.01))
+    sender, receiver = Sender(compressor, compact=True), Receiver(compressor, like=grads)
+    for scale in (1.0, 0.5, -2.0):
+        message = sender.compress({name: scale * g for name, g in grads.items()})
+        receiver.decompress("worker", message)
+    assert message.numel() == 26
+    held = receiver.held_bytes("worker")
+    assert 0 < held < 0.02 * 4 * 30_100
+    tensors = sender.state_dict()["tensors"]
+    kept = sum(e["held"]["look_back"].numel() for e in tensors.values())
+    assert kept == held
+    assert not any(torch.is_tensor(v) for e in tensors.values() for v in e["own"].values())
+
+
+@pytest.mark.parametrize("how", ["reset", "peer"])
+def test_compact_sender_forgets_what_its_receiver_does_not_hold(how):
+    grads = {"weight": torch.randn(30, 10)}
+    sender, receiver = Sender(LBGM(), compact=True), Receiver(LBGM(), like=grads)
+    sender.compress(grads)
+    if how == "reset":
+        sender.reset()
+    message = sender.compress(grads, receiver.digest("worker") if how == "peer" else None)
+    assert message.numel() > 4 * 300
+    receiver.decompress("worker", message)
+    # A round that is sent raw does not bring back what was forgotten.
+    sender.reset()
+    receiver.decompress("worker", sender.compress({"weight": torch.full((30, 10), torch.inf)}))
+    receiver.decompress("worker", sender.compress(grads))
+
+
+def test_state_of_a_compact_sender_is_refused_by_another():
+    grads = {"weight": torch.randn(30, 10)}
+    compact, plain = Sender(LBGM(), compact=True), Sender(LBGM())
+    compact.compress(grads)
+    plain.compress(grads)
+    with pytest.raises(ValueError, match="compact=False"):
+        plain.load_state_dict(compact.state_dict())
+    with pytest.raises(ValueError, match="compact=True"):
+        compact.load_state_dict(plain.state_dict())
+
+
+def test_receiver_reports_a_message_only_if_it_is_one():
+    grads = {"weight": torch.randn(30, 10)}
+    sender, receiver = Sender(LBGM()), Receiver(LBGM(), like=grads)
+    message = sender.compress(grads)
+    assert not receiver.report(message)["weight"].recycled
+    assert receiver.report(sender.compress(grads))["weight"].recycled
+    with pytest.raises(PayloadError):
+        receiver.report(message[:-1])
+    assert receiver.held_bytes("worker") == 0

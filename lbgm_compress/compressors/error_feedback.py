@@ -58,6 +58,12 @@ class ErrorFeedback(Compressor):
     def forget(self, state: State) -> State:
         return {**state, "inner": self.inner.forget(state.get("inner", {}))}
 
+    def own_state(self, state: State) -> State:
+        return {**state, "inner": self.inner.own_state(state.get("inner", {}))}
+
+    def sender_state(self, own: State, held: State, like: Tensor) -> State:
+        return {**own, "inner": self.inner.sender_state(own.get("inner", {}), held, like)}
+
     def head_size(self, like: Tensor) -> int:
         return self.inner.head_size(like)
 

@@ -109,6 +109,14 @@ class LBGM(Compressor):
     def forget(self, state: State) -> State:
         return {"inner": state.get("inner", {})}
 
+    def own_state(self, state: State) -> State:
+        return {name: value for name, value in state.items() if name != "look_back"}
+
+    def sender_state(self, own: State, held: State, like: Tensor) -> State:
+        if "look_back" not in held:
+            return own
+        return {**own, "look_back": owned(self._look_back(held, like), held["look_back"])}
+
     def head_size(self, like: Tensor) -> int:
         return 5
 

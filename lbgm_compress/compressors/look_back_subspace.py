@@ -162,6 +162,12 @@ class LookBackSubspace(Compressor):
     def forget(self, state: State) -> State:
         return {}
 
+    def own_state(self, state: State) -> State:
+        return {name: value for name, value in state.items() if name != "directions"}
+
+    def sender_state(self, own: State, held: State, like: Tensor) -> State:
+        return {**own, **held}
+
     # --- the sender ------------------------------------------------------------------------------
 
     def encode(self, grad: Tensor, state: State) -> Encoding:
