@@ -21,7 +21,7 @@ horovod: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,flower,test]'
 	touch $@
 
 clean:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,7 +282,12 @@ class Receiver:
         self._senders: dict[int | str, dict[str, dict[str, Any]]] = {}
 
     def decompress(
-        self, sender_id: int | str, message: Tensor, names: Iterable[str] | None = None
+        self,
+        sender_id: int | str,
+        message: Tensor,
+        names: Iterable[str] | None = None,
+        *,
+        check: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> dict[str, Tensor]:
         """Decode one message.
 
@@ -294,6 +299,8 @@ class Receiver:
             Flat uint8, as `Sender.compress` returned it.
         names
             The tensors in the message; all of them unless given.
+        check
+            Called with the decoded tensors: what it raises refuses the message.
 
         Returns
         -------
@@ -310,6 +317,8 @@ class Receiver:
         """
         decoded, states = self._read(sender_id, message, names)
         tensors = {name: owned(tensor, message) for name, tensor in decoded.items()}
+        if check is not None:
+            check(tensors)
         self._commit(sender_id, states)
         return tensors
 

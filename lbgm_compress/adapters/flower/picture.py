@@ -1,0 +1,119 @@
+"""A picture of what a training in Flower sent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp.strategy import Result
+
+__all__ = ["plot"]
+
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+
+
+def plot(
+    training: Result | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    accuracy: str = "accuracy",
+) -> None:
+    """Draw bytes a round, and accuracy against all bytes so far.
+
+    Parameters
+    ----------
+    training
+        What `CompressedStrategy.start` returned, or the `log_file` that it wrote.
+    path
+        The picture to write, for example ``flower.png``.
+    accuracy
+        The metric to draw. The server's own evaluation is taken where there is one, else that of
+        the clients, else that of their training.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    ValueError
+        If no round has the metrics of `CompressedStrategy`.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+
+    rounds = _of_result(training) if isinstance(training, Result) else _of_file(Path(training))
+    if not rounds:
+        raise ValueError(
+            "no round has 'uplink-bytes' among its training metrics: was the training run by "
+            "CompressedStrategy?"
+        )
+    numbers = sorted(rounds)
+    uplink = [rounds[number]["train"]["uplink-bytes"] for number in numbers]
+    dense = [rounds[number]["train"]["dense-bytes"] for number in numbers]
+    size, unit = next(pair for pair in UNITS if max(dense) >= pair[0] or pair[0] == 1)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(numbers, [count / size for count in uplink], label="sent", color="C0")
+    left.step(
+        [number - 0.5 for number in numbers] + [numbers[-1] + 0.5],
+        [count / size for count in [*dense, dense[-1]]],
+        where="post",
+        label="without compression",
+        color="C7",
+    )
+    left.set_yscale("log")
+    left.set_xlabel("round")
+    left.set_ylabel(f"uplink of all clients in the round, {unit}")
+    left.legend()
+    reached, total = [], 0
+    for number, count in zip(numbers, uplink, strict=True):
+        total += count
+        value = _value(rounds[number], accuracy)
+        if value is not None:
+            reached.append((total, value))
+    size, unit = next(pair for pair in UNITS if total >= pair[0] or pair[0] == 1)
+    right.plot([sent / size for sent, _ in reached], [value for _, value in reached], "o-", ms=3)
+    right.set_xlabel(f"uplink so far, {unit}")
+    right.set_ylabel(accuracy)
+    if reached and all(0 <= value <= 1 for _, value in reached):
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if not reached:
+        right.text(0.5, 0.5, f"no metric {accuracy!r}", ha="center", transform=right.transAxes)
+    share = sum(uplink) / sum(dense)
+    figure.suptitle(f"{len(numbers)} rounds, {share:.2%} of the bytes without compression")
+    figure.savefig(path, dpi=130)
+
+
+def _value(round_: Mapping[str, Any], name: str) -> float | None:
+    for source in ("evaluate-server", "evaluate", "train"):
+        metrics = round_.get(source) or {}
+        if isinstance(metrics.get(name), (int, float)):
+            return float(metrics[name])
+    return None
+
+
+def _of_result(result: Result) -> dict[int, dict[str, Any]]:
+    return {
+        number: {
+            "train": metrics,
+            "evaluate": result.evaluate_metrics_clientapp.get(number),
+            "evaluate-server": result.evaluate_metrics_serverapp.get(number),
+        }
+        for number, metrics in result.train_metrics_clientapp.items()
+        if "uplink-bytes" in metrics
+    }
+
+
+def _of_file(path: Path) -> dict[int, dict[str, Any]]:
+    # A file that several trainings wrote to: the last one.
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    return {
+        line["round"]: line
+        for line in lines
+        if line["training"] == lines[-1]["training"] and line.get("train")
+    }
