@@ -69,7 +69,7 @@ def plot(
     left.set_yscale("log")
     left.set_xlabel("round")
     left.set_ylabel(f"uplink of all clients in the round, {unit}")
-    left.legend()
+    left.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12), frameon=False)
     reached, total = [], 0
     for number, count in zip(numbers, uplink, strict=True):
         total += count

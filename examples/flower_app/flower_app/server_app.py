@@ -1,0 +1,48 @@
+"""The server: a strategy as ever, with one around it."""
+
+import random
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from flower_app.task import build_model, evaluate, load_images
+from lbgm_compress.adapters.flower import CompressedStrategy, plot
+from lbgm_compress.expression import parse_compressor
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    random.seed(int(config["seed"]))  # FedAvg draws the clients of a round from it
+    out = Path(str(config["out"])) if config["out"] else None
+    strategy = CompressedStrategy(
+        FedAvg(fraction_train=float(config["fraction-train"]), fraction_evaluate=0.0),
+        parse_compressor(str(config["compressor"])),
+        log_file=out and out / "rounds.jsonl",
+    )
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "held.safetensors").exists():
+            strategy.load(out / "held.safetensors")
+
+    test = load_images(train=False)
+
+    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        model = build_model()
+        model.load_state_dict(arrays.to_torch_state_dict())
+        loss, accuracy = evaluate(model, *test)
+        return MetricRecord({"loss": loss, "accuracy": accuracy})
+
+    result = strategy.start(
+        grid,
+        ArrayRecord(build_model(int(config["seed"])).state_dict()),
+        num_rounds=int(config["num-server-rounds"]),
+        evaluate_fn=evaluate_globally,
+    )
+    if out:
+        strategy.save(out / "held.safetensors")
+        plot(result, out / "flower.png")
