@@ -24,8 +24,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = ["LoopbackGrid", "Receding", "arrays_of", "context", "make_app", "start"]
 
-TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-
 
 def context(node: int, partition: int = 0, run: int = 1) -> Context:
     """Return what a client has at its start."""
@@ -45,6 +43,8 @@ class LoopbackGrid:
         losses: Callable[[int, int], bool] = lambda number, node: False,
         first_id: int = 100,
     ) -> None:
+        # What Flower sets in the process of a ServerApp.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.app = app
         self.contexts = {first_id + k: context(first_id + k, k) for k in range(nodes)}
         self.losses = losses
@@ -91,6 +91,10 @@ class Receding:
     def __call__(self, arrays: dict[str, np.ndarray], partition: int) -> dict[str, np.ndarray]:
         new = {}
         for number, (name, array) in enumerate(arrays.items()):
+            if name == "counter":
+                # As BatchNorm's: the client's is an integer, whatever the server made of it.
+                new[name] = np.asarray(array.astype(np.int64) + 1)
+                continue
             if array.dtype.kind != "f":
                 new[name] = array + np.ones_like(array)
                 continue
@@ -104,21 +108,30 @@ class Receding:
         return new
 
 
-def make_app(mods: list[Any], train: Any = None, **options: Any) -> ClientApp:
-    """Return a ClientApp that trains so, in float32 (and int64 where it got that)."""
+def make_app(
+    mods: list[Any],
+    train: Any = None,
+    before: Callable[[Message, Context], None] = lambda message, ctxt: None,
+    **options: Any,
+) -> ClientApp:
+    """Return a ClientApp that calls `before`, and trains as `Receding` does unless told else."""
     train = train or Receding(**options)
     app = ClientApp(mods=mods)
 
     @app.train()
     def on_train(message: Message, ctxt: Context) -> Message:
+        before(message, ctxt)
         record = message.content["arrays"]
         new = train(
             {name: array.numpy() for name, array in record.items()},
             int(ctxt.node_config["partition-id"]),
         )
         arrays = ArrayRecord({name: Array(np.asarray(value)) for name, value in new.items()})
-        count = 10 + int(ctxt.node_config["partition-id"])
-        metrics = MetricRecord({"num-examples": count, "loss": float(count)})
+        partition = int(ctxt.node_config["partition-id"])
+        count = 10 + partition
+        metrics = MetricRecord(
+            {"num-examples": count, "loss": float(count), "partition": partition}
+        )
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     @app.evaluate()

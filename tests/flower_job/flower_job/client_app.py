@@ -1,0 +1,31 @@
+"""A client that is late, or hangs, when the run's configuration says so."""
+
+import os
+import time
+from pathlib import Path
+
+from flwr.app import Context, Message
+
+from lbgm_compress.adapters.flower import CompressionMod
+from tests.flower_loopback import make_app
+
+
+def misbehave(message: Message, context: Context) -> None:
+    number = message.content["config"]["server-round"]
+    key = f"{number}:{context.node_config['partition-id']}"
+    out = Path(str(context.run_config["out"]))
+    if key in str(context.run_config["late"]).split():
+        wait_for(out / f"over-{number}")
+    if key in str(context.run_config["hang"]).split():
+        (out / f"hanging-{key}").touch()
+        wait_for(out / "never")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+mod = CompressionMod(state_dir=os.environ.get("FLOWER_JOB_STATE"))
+app = make_app([mod], before=misbehave, noise=0.0, rate=0.3)

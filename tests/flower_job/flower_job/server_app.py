@@ -1,0 +1,58 @@
+"""A server that writes down whose replies it had, and its parameters."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from lbgm_compress.adapters.flower import CompressedStrategy
+from lbgm_compress.expression import parse_compressor
+from tests.flower_loopback import arrays_of
+
+app = ServerApp()
+
+
+class Noting(FedAvg):
+    """FedAvg that notes the partitions whose replies it averages, round by round."""
+
+    def __init__(self, out, **options):
+        super().__init__(fraction_evaluate=0.0, **options)
+        self.out, self.partitions = out, []
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        self.partitions.append(
+            [int(m.content["metrics"]["partition"]) for m in replies if not m.has_error()]
+        )
+        (self.out / f"over-{server_round}").touch()
+        return super().aggregate_train(server_round, replies)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    out = Path(str(config["out"]))
+    inner = Noting(
+        out,
+        fraction_train=float(config["fraction"]),
+        min_available_nodes=int(config["clients"]),
+    )
+    strategy = CompressedStrategy(
+        inner, parse_compressor(str(config["compressor"])), log_file=out / "rounds.jsonl"
+    )
+    arrays = arrays_of(counter=np.array(3))
+    if config["resume"]:
+        strategy.load(out / "held.safetensors")
+        with np.load(out / "arrays.npz") as saved:
+            arrays = ArrayRecord({name: Array(value) for name, value in saved.items()})
+    for path in out.glob("over-*"):
+        path.unlink()
+    result = strategy.start(
+        grid, arrays, num_rounds=int(config["rounds"]), timeout=float(config["timeout"])
+    )
+    strategy.save(out / "held.safetensors")
+    np.savez(out / "arrays.npz", **{name: a.numpy() for name, a in result.arrays.items()})
+    (out / "partitions.json").write_text(json.dumps(inner.partitions))

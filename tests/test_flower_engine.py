@@ -1,0 +1,185 @@
+"""The adapter for Flower in the real engine: its simulation, and SuperLink and SuperNodes."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
+
+from flwr.app import MessageType, RecordDict
+from flwr.serverapp.strategy import FedAvg
+
+from lbgm_compress import LBGM, Receiver, Sender
+from tests.flower_loopback import LoopbackGrid, Receding, arrays_of, make_app
+from tests.flower_processes import federation
+
+ROOT = Path(__file__).parent.parent
+JOB = ROOT / "tests" / "flower_job"
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory):
+    with federation(tmp_path_factory.mktemp("simulation"), simulation=True) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """Start a SuperLink and three SuperNodes."""
+    with federation(tmp_path_factory.mktemp("deployment")) as started:
+        started.nodes = [started.supernode(partition, 3) for partition in range(3)]
+        yield started
+
+
+def results_of(out):
+    with np.load(out / "arrays.npz") as saved:
+        arrays = dict(saved.items())
+    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    return arrays, json.loads((out / "partitions.json").read_text()), lines
+
+
+class Replayed(FedAvg):
+    """FedAvg with the clients of another run."""
+
+    def __init__(self, partitions):
+        super().__init__(fraction_evaluate=0.0)
+        self.partitions = partitions
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["server-round"] = server_round
+        content = RecordDict({"arrays": arrays, "config": config})
+        nodes = [100 + partition for partition in self.partitions[server_round - 1]]
+        return self._construct_messages(content, nodes, MessageType.TRAIN)
+
+
+def plain_fedavg(partitions):
+    """Return what Flower's FedAvg gives without compression, with these clients in each round."""
+    grid = LoopbackGrid(make_app([], noise=0.0, rate=0.3), 10)
+    initial = arrays_of(counter=np.array(3))
+    result = Replayed(partitions).start(grid, initial, num_rounds=len(partitions))
+    return {name: array.numpy() for name, array in result.arrays.items()}
+
+
+def assert_close(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name, array in expected.items():
+        assert ours[name].dtype == array.dtype
+        assert np.allclose(ours[name], array, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("engine", ["simulation", "deployment"])
+def test_without_compression_parameters_equal_those_of_plain_fedavg(engine, request, tmp_path):
+    running = request.getfixturevalue(engine)
+    config = {"out": str(tmp_path), "compressor": "Identity()"}
+    options = []
+    if engine == "simulation":
+        config.update(fraction=0.5, clients=10)
+        options = ["--federation-config", "num-supernodes=10 client-resources-num-cpus=1"]
+    running.run(JOB, config, *options, timeout=200)
+    arrays, partitions, lines = results_of(tmp_path)
+    assert [len(chosen) for chosen in partitions] == 5 * [5 if engine == "simulation" else 3]
+    assert_close(arrays, plain_fedavg(partitions))
+    assert all(line["rejected-replies"] == 0 for line in lines)
+
+
+def test_example_runs_in_simulation_and_leaves_its_results(simulation, tmp_path):
+    config = {"out": str(tmp_path), "num-server-rounds": 6}
+    log = simulation.run(
+        ROOT / "examples" / "flower_app",
+        config,
+        *("--federation-config", "num-supernodes=10 client-resources-num-cpus=1"),
+        timeout=150,
+    )
+    assert "├── Compressor: LBGM(TopK(0.1))" in log
+    assert re.search(r"Recycled: \d+\.\d % of the tensors", log)
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["replies"] for line in lines] == 6 * [5]
+    assert sum(line["uplink-bytes"] for line in lines) < 0.1 * sum(
+        line["dense-bytes"] for line in lines
+    )
+    assert lines[-1]["evaluate-server"]["accuracy"] > lines[0]["evaluate-server"]["accuracy"]
+    assert (tmp_path / "flower.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "held.safetensors").exists()
+
+
+def reference(compressor, partitions, full):
+    """Train as the job does, with these clients a round; those in `full` send in full.
+
+    Return the parameters, and the share of tensors recycled in each round.
+    """
+    weights = {name: array.numpy() for name, array in arrays_of().items()}
+    like = {name: torch.from_numpy(array) for name, array in weights.items()}
+    train, receiver = Receding(noise=0.0, rate=0.3), Receiver(compressor, like)
+    senders = {partition: Sender(compressor) for chosen in partitions for partition in chosen}
+    shares = []
+    for number, chosen in enumerate(partitions, start=1):
+        total = sum(10 + partition for partition in chosen)
+        mean = {name: np.zeros(array.shape) for name, array in weights.items()}
+        recycled = []
+        for partition in chosen:
+            sender = senders[partition]
+            if (number, partition) in full:
+                sender.reset()
+            new = train(weights, partition)
+            update = {name: torch.from_numpy(new[name] - weights[name]) for name in weights}
+            message = sender.compress(update)
+            for name, change in receiver.decompress(partition, message).items():
+                mean[name] += (weights[name] + change.numpy()) * ((10 + partition) / total)
+            recycled += [tensor.recycled for tensor in sender.report().values()]
+        weights = {name: array.astype(np.float32) for name, array in mean.items()}
+        shares.append(sum(recycled) / len(recycled))
+    return weights, shares
+
+
+def test_killed_late_and_restarted_ends_cost_one_full_update_each(deployment, tmp_path):
+    """Round 1 loses the reply of client 0, in round 3 client 1 is killed; then the server ends.
+
+    What it saved goes on in a second run, in which files at the clients let them recycle on.
+    """
+    config = {
+        "out": str(tmp_path),
+        "compressor": "LBGM(delta=0.5)",
+        "rounds": 4,
+        "timeout": 20.0,
+        "late": "1:0",
+        "hang": "3:1",
+    }
+    process = deployment.start_run(JOB, config)
+    hanging = tmp_path / "hanging-3:1"
+    deadline = time.monotonic() + 200
+    while not hanging.exists():
+        assert time.monotonic() < deadline, deployment.logs()
+        assert process.poll() is None, deployment.logs()
+        time.sleep(0.1)
+    deployment.kill(deployment.nodes[1])
+    deployment.nodes[1] = deployment.supernode(1, 3)
+    process.wait(200)
+    assert process.returncode == 0, deployment.logs()
+    _, partitions, lines = results_of(tmp_path)
+    first = [sorted(chosen) for chosen in partitions[:3]]
+    assert first == [[1, 2], [0, 1, 2], [0, 2]]
+    config.update(rounds=2, resume=True, hang="", late="")
+    deployment.run(JOB, config, timeout=150)
+    arrays, resumed, lines = results_of(tmp_path)
+    partitions += resumed
+    assert sorted(partitions[-1]) == [0, 1, 2]
+    back = 1 + next(i for i, chosen in enumerate(partitions) if i > 2 and 1 in chosen)
+    compressor = LBGM(delta=0.5)
+    weights, shares = reference(compressor, partitions, full={(2, 0), (back, 1)})
+    assert [line["recycled-share"] for line in lines] == pytest.approx(shares)
+    assert shares[1] == pytest.approx(2 / 3)
+    # After the server's restart all recycle on, but one that comes back only then.
+    assert shares[-2] == pytest.approx(2 / 3 if back == len(shares) - 1 else 1)
+    assert shares[-1] == 1
+    assert_close({name: arrays[name] for name in weights}, weights)
+    # Where nobody sends in full, parameters are others.
+    others, _ = reference(compressor, partitions, full=set())
+    assert any(not np.allclose(others[name], weights[name], atol=1e-4) for name in weights)
