@@ -111,8 +111,9 @@ def build_parser() -> Parser:
         "--engine",
         choices=("process", *ENGINES),
         default="process",
-        help="what moves the messages: this process alone, or a real engine with a process for "
-        "each worker, DistributedDataParallel or Horovod on gloo (default: process)",
+        help="what moves the messages: this process alone, or a real engine: "
+        "DistributedDataParallel or Horovod on gloo, with a process for each worker, or Flower's "
+        "simulation (default: process)",
     )
     add("--workers", type=positive, default=20, metavar="K", help="number of workers (default: 20)")
     add("--rounds", type=positive, default=200, metavar="N", help="rounds (default: 200)")

@@ -1,10 +1,12 @@
-"""The comparison through real engines: a process a worker, on this machine, over the loopback.
+"""The comparison through real engines, on this machine.
 
-The workers' updates, their data and their order are those of `federated`; each is put into the
-engine as a gradient of its own, so that what is compressed, moved and averaged passes through the
-engine's hooks as in any training.
+The workers' updates, their data and their order are those of `federated`. For DDP and Horovod there
+is a process a worker, and each update is put into the engine as a gradient of its own, so that what
+is compressed, moved and averaged passes through the engine's hooks as in any training. For Flower
+there is its simulation; `flower_simulation` is the app.
 
-``python engines.py ENGINE SOCKET TRAINING`` is a worker, which torchrun or horovodrun starts.
+``python engines.py ENGINE SOCKET TRAINING`` is a worker, started by torchrun or horovodrun, or the
+whole simulation.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ __all__ = ["ENGINES", "EngineError", "check_engine", "running"]
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 KEY = b"lbgm_compress"
 STARTS_WITHIN = 120  # seconds
+# Flower and Ray report to nobody.
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 # Bytes sent so far, and of the last round's tensors those recycled, and all.
@@ -172,7 +180,13 @@ def _power_sgd(module: nn.Module, method: PowerSGD) -> Counts:
     return counts
 
 
-ENGINES: dict[str, type[Engine]] = {"ddp": Ddp, "horovod": Horovod}
+# What starts so many workers; the workers' own command line follows.
+ENGINES: dict[str, Callable[[int], list[str]]] = {
+    "ddp": Ddp.command,
+    "horovod": Horovod.command,
+    "flower": lambda workers: [sys.executable],
+}
+RANKS: dict[str, type[Engine]] = {"ddp": Ddp, "horovod": Horovod}
 
 
 def check_engine(name: str, participation: float, device: str) -> None:
@@ -181,7 +195,12 @@ def check_engine(name: str, participation: float, device: str) -> None:
         return
     if name == "horovod" and importlib.util.find_spec("horovod") is None:
         raise ValueError("--engine horovod: Horovod is not installed, run `make horovod` first")
-    if participation != 1:
+    if name == "flower" and importlib.util.find_spec("flwr") is None:
+        raise ValueError(
+            "--engine flower: Flower is not installed: pip install 'lbgm_compress[flower]', with "
+            "Python 3.11 or newer"
+        )
+    if participation != 1 and name != "flower":
         raise ValueError(
             f"--engine {name}: all ranks take part in every round, and --participation is "
             f"{participation:g}"
@@ -227,10 +246,11 @@ def running(name: str, training: Training) -> Iterator[Running]:
         listener = stack.enter_context(Listener(str(folder / "socket"), authkey=KEY))
         log = stack.enter_context((folder / "log").open("w+"))
         workers = len(training.parts)
-        command = [*ENGINES[name].command(workers), str(Path(__file__).resolve()), name]
+        command = [*ENGINES[name](workers), str(Path(__file__).resolve()), name]
         scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         threads = max(1, (os.cpu_count() or 1) // workers)
         variables = {
+            **OFFLINE,
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": str(threads),
             "PATH": scripts,
@@ -354,7 +374,7 @@ def _work(name: str, socket: str, training_file: str) -> None:
     """Be a worker: train with one compressor after the other, until nobody asks."""
     training: Training = pickle.loads(Path(training_file).read_bytes())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    engine = ENGINES[name]()
+    engine = RANKS[name]()
     with contextlib.ExitStack() as stack:
         asks: Connection | None = None
         if engine.rank == 0:
@@ -382,4 +402,9 @@ def _work(name: str, socket: str, training_file: str) -> None:
 
 
 if __name__ == "__main__":
-    _work(*sys.argv[1:])
+    if sys.argv[1] == "flower":
+        from flower_simulation import simulate
+
+        simulate(*sys.argv[2:], KEY)
+    else:
+        _work(*sys.argv[1:])

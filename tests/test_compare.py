@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -411,6 +412,27 @@ def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
     for method in summary["methods"]:
         # Every message goes to two others.
         assert method["wire_bytes"] > 2 * method["uplink_bytes"]
+
+
+@pytest.mark.flower
+@pytest.mark.skipif(
+    importlib.util.find_spec("flwr") is None,
+    reason="Flower is not installed: it needs Python 3.11",
+)
+def test_flowers_simulation_gives_what_one_process_gives(tmp_path):
+    methods = ["--methods", "Identity(), LBGM(TopK(0.1), delta=0.5)"]
+    sampled = ["--workers", "6", "--participation", "0.5", "--local-steps", "2"]
+    common = [*methods, *sampled, "--batch-size", "40", "--rounds", "8", "--lr", "0.1"]
+    for name in ("process", "flower"):
+        done = compare(*common, "--engine", name, "--out", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    expected, found = numbers_of(tmp_path / "process"), numbers_of(tmp_path / "flower")
+    assert len(expected) == len(found) == 16
+    for (method, number, accuracy, uplink), other in zip(expected, found, strict=True):
+        assert other[:2] == (method, number)
+        assert other[2] == pytest.approx(accuracy, abs=2 / 360)
+        # Each reply begins with two bytes of its own.
+        assert other[3] == pytest.approx(uplink + 3 * 2, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
 
+from flower_processes import federation
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from lbgm_compress import LBGM, Receiver, Sender
 from tests.flower_loopback import LoopbackGrid, Receding, arrays_of, make_app
-from tests.flower_processes import federation
 
 ROOT = Path(__file__).parent.parent
 JOB = ROOT / "tests" / "flower_job"

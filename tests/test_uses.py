@@ -1,4 +1,4 @@
-"""The README's three uses: the program before the change, and after it."""
+"""The README's uses between ranks: the program before the change, and after it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ app = ClientApp(mods=[compression_mod])
 
 
 def model_and_data(message: Message, context: Context):
-    model = build_model()
+    model = build_model(int(context.run_config["hidden"]))
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     return model, load_partition(
         int(context.node_config["partition-id"]),

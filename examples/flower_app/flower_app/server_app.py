@@ -17,6 +17,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
+    hidden = int(config["hidden"])
     random.seed(int(config["seed"]))  # FedAvg draws the clients of a round from it
     out = Path(str(config["out"])) if config["out"] else None
     strategy = CompressedStrategy(
@@ -32,14 +33,14 @@ def main(grid: Grid, context: Context) -> None:
     test = load_images(train=False)
 
     def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        model = build_model()
+        model = build_model(hidden)
         model.load_state_dict(arrays.to_torch_state_dict())
         loss, accuracy = evaluate(model, *test)
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
     result = strategy.start(
         grid,
-        ArrayRecord(build_model(int(config["seed"])).state_dict()),
+        ArrayRecord(build_model(hidden, int(config["seed"])).state_dict()),
         num_rounds=int(config["num-server-rounds"]),
         evaluate_fn=evaluate_globally,
     )

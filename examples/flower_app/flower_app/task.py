@@ -9,10 +9,10 @@ TEST_IMAGES = 360
 CLASSES = 10
 
 
-def build_model(seed: int = 0) -> nn.Module:
+def build_model(hidden: int, seed: int = 0) -> nn.Module:
     """Return a network with one hidden layer."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+    return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
 
 
 def load_images(train: bool) -> tuple[Tensor, Tensor]:
@@ -28,9 +28,7 @@ def load_partition(number: int, clients: int, classes: int) -> tuple[Tensor, Ten
     images, labels = load_images(train=True)
     chosen = []
     for digit in range(CLASSES):
-        owners = [k for k in range(clients) if (digit - k) % CLASSES < classes] or [
-            digit % clients
-        ]
+        owners = [k for k in range(clients) if (digit - k) % CLASSES < classes] or [digit % clients]
         if number in owners:
             of_digit = (labels == digit).nonzero().flatten()
             chosen.append(of_digit[owners.index(number) :: len(owners)])

@@ -182,7 +182,9 @@ class CompressedStrategy(Strategy):
         tally = Tally(replies=len(replies))
         signature, weight_key = _usual_signature(replies), _weight_key(self.strategy)
         asked = [self._asked_for(reply) for reply in replies]
-        answers = Counter(map(id, asked))
+        answers = Counter(
+            id(ask) for reply, ask in zip(replies, asked, strict=True) if not reply.has_error()
+        )
         dense: list[Message] = []
         for reply, ask in zip(replies, asked, strict=True):
             if reply.has_error():
@@ -228,7 +230,7 @@ class CompressedStrategy(Strategy):
         """Do what the inner strategy does."""
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         if self._line is not None:
-            self._line["evaluate"] = None if metrics is None else dict(metrics)
+            self._line["evaluate"] = _plain(metrics)
             if not self._line_waits:
                 self._flush_line()
         return metrics
@@ -263,7 +265,7 @@ class CompressedStrategy(Strategy):
             def observed(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
                 metrics = evaluate_fn(server_round, arrays)
                 if self._line is not None:
-                    self._line["evaluate-server"] = None if metrics is None else dict(metrics)
+                    self._line["evaluate-server"] = _plain(metrics)
                     self._flush_line()
                 return metrics
 
@@ -482,7 +484,7 @@ class CompressedStrategy(Strategy):
             **tally.metrics(),
             "held-clients": len(self._nodes),
             "held-bytes": self.held_bytes(),
-            "train": None if metrics is None else dict(metrics),
+            "train": _plain(metrics),
         }
 
     def _flush_line(self) -> None:
@@ -670,6 +672,16 @@ def _rejection(asked: _Asked | None, reply: Message, reason: str) -> Message:
     logger.warning("compression: the reply of client %s is rejected: %s", node, reason)
     error = Error(ErrorCode.UNKNOWN, f"lbgm_compress: the reply of {node} is rejected: {reason}")
     return Message(error, reply_to=reply if asked is None else asked.message)
+
+
+def _plain(metrics: MetricRecord | None) -> dict[str, Any] | None:
+    """Return metrics as JSON has them, which knows neither inf nor nan."""
+    if metrics is None:
+        return None
+    return {
+        name: None if isinstance(value, float) and not np.isfinite(value) else value
+        for name, value in metrics.items()
+    }
 
 
 def _human(count: int) -> str:

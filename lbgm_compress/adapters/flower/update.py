@@ -247,6 +247,8 @@ class Reply:
             if len(data) - position < part.nbytes:
                 raise PayloadError(f"the reply ends within the array {name!r}")
             elements = np.frombuffer(data[position : position + part.nbytes], dtype=part.dtype)
+            if part.dtype == "bool" and (elements.view(np.uint8) > 1).any():
+                raise PayloadError(f"the array {name!r} has an element that is neither 0 nor 1")
             exact[name] = elements.reshape(part.shape)
             position += part.nbytes
         if all(part.exact for part in parts.values()):

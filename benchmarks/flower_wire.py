@@ -1,0 +1,168 @@
+"""What a training in Flower sends over the network: payloads, and all bytes through a proxy.
+
+A SuperLink and SuperNodes run on this machine; the SuperNodes reach the SuperLink through a proxy
+that counts. Each compressor trains `examples/flower_app`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from command_line import Parser, check_folder
+from compare import positive
+from flower_processes import Federation, federation, free_port
+from rich.console import Console
+from rich.table import Table
+
+from lbgm_compress.expression import parse_compressors
+
+APP = Path(__file__).parent.parent / "examples" / "flower_app"
+METHODS = "Identity(), LBGM(), TopK(0.01), LBGM(TopK(0.01))"
+BLOCK = 1 << 16
+
+
+class CountingProxy:
+    """Passes TCP connections on, and counts their bytes; use it as a context."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.up = self.down = 0
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", free_port()))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> CountingProxy:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.close()
+
+    def counts(self) -> tuple[int, int]:
+        """Return the bytes so far from the clients, and to them."""
+        with self._lock:
+            return self.up, self.down
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                return
+            for source, sink, up in ((near, far, True), (far, near, False)):
+                threading.Thread(target=self._pass, args=(source, sink, up), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        try:
+            while data := source.recv(BLOCK):
+                with self._lock:
+                    self.up += len(data) if up else 0
+                    self.down += 0 if up else len(data)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            source.close()
+            sink.close()
+
+
+def rounds_of(
+    running: Federation, proxy: CountingProxy, method: str, options: Any
+) -> list[dict[str, Any]]:
+    """Train with one compressor; return what each round sent, a client."""
+    with tempfile.TemporaryDirectory() as out:
+        config = {
+            "out": out,
+            "compressor": method,
+            "hidden": options.hidden,
+            "num-server-rounds": options.rounds,
+            "fraction-train": 1.0,
+        }
+        process = running.start_run(APP, config)
+        log, rounds = Path(out) / "rounds.jsonl", []
+        before = proxy.counts()
+        while process.poll() is None:
+            time.sleep(0.02)
+            lines = log.read_text().splitlines() if log.exists() else []
+            if len(lines) > len(rounds):
+                now, line = proxy.counts(), json.loads(lines[len(rounds)])
+                clients = options.clients
+                rounds.append(
+                    {
+                        "method": method,
+                        "round": line["round"],
+                        "payload": line["uplink-bytes"] / clients,
+                        "dense": line["dense-bytes"] / clients,
+                        "recycled_share": line["recycled-share"],
+                        "wire_up": (now[0] - before[0]) / clients,
+                        "wire_down": (now[1] - before[1]) / clients,
+                        "accuracy": line["evaluate-server"]["accuracy"],
+                    }
+                )
+                before = now
+        if process.returncode or len(rounds) < options.rounds:
+            raise RuntimeError(f"{method} did not finish:\n{running.logs()}")
+        return rounds
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = Parser("flower_wire.py", (__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--methods", default=METHODS, help=f"compressors (default: {METHODS})")
+    add("--clients", type=positive, default=3, metavar="K", help="SuperNodes (default: 3)")
+    add("--rounds", type=positive, default=8, metavar="N", help="rounds (default: 8)")
+    add("--hidden", type=positive, default=4096, help="hidden units (default: 4096, 1.23 MB)")
+    add("--out", default="flower-wire-results", metavar="DIR", help="folder for flower_wire.csv")
+    options = parser.parse_args(arguments)
+    folder = Path(options.out)
+    try:
+        methods = [repr(method) for method in parse_compressors(options.methods)]
+        check_folder(folder)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    rows: list[dict[str, Any]] = []
+    with (
+        tempfile.TemporaryDirectory() as home,
+        federation(Path(home)) as running,
+        CountingProxy(running.port) as proxy,
+    ):
+        for partition in range(options.clients):
+            running.supernode(partition, options.clients, through=proxy.port)
+        for method in methods:
+            with console.status(method):
+                rows += rounds_of(running, proxy, method, options)
+    with (folder / "flower_wire.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    table = Table(title=f"kB a round and client, mean of rounds 2 to {options.rounds}")
+    headings = ("method", "payload", "uplink on the wire", "downlink", "recycled", "accuracy")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for method in methods:
+        # The first round also carries the app to the clients.
+        of = [row for row in rows if row["method"] == method and row["round"] > 1]
+        mean = {k: statistics.fmean(row[k] for row in of) for k in of[0] if k != "method"}
+        table.add_row(
+            method,
+            *(f"{mean[name] / 1000:.4g}" for name in ("payload", "wire_up", "wire_down")),
+            f"{mean['recycled_share']:.0%}",
+            f"{of[-1]['accuracy']:.1%}",
+        )
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""The scripts that measure Flower, and the README's change to an app."""
+
+from __future__ import annotations
+
+import csv
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
+
+import flower_memory
+from flower_wire import CountingProxy
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from lbgm_compress import LBGM, TopK
+from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.flower
+
+
+@pytest.fixture
+def echo():
+    """Answer each connection with twice what it sends."""
+
+    def serve():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                data = b""
+                while part := connection.recv(1000):
+                    data += part
+                connection.sendall(2 * data)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+def test_proxy_passes_all_bytes_on_and_counts_them(echo):
+    with CountingProxy(echo) as proxy:
+        for number in (1, 2, 3):
+            sent = bytes(range(256)) * 1000 * number
+            received = b""
+            with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                while part := connection.recv(1 << 16):
+                    received += part
+            assert received == 2 * sent
+        assert proxy.counts() == (6 * 256_000, 12 * 256_000)
+
+
+@pytest.mark.timeout(200)
+def test_server_memory_is_measured_in_a_real_simulation(tmp_path):
+    arguments = ["--clients", "12", "--parameters", "20000", "--rounds", "3", "--participation"]
+    arguments += ["0.5", "--out", str(tmp_path), "--bound", "1000"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "flower_memory.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "flower_memory.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert 6 <= int(row["clients_held"]) <= 12
+    each = int(row["payload_bytes"]) / int(row["clients_held"])
+    # 1 % of 20,000 float32, and their indices.
+    assert 4 * 200 < each < 6 * 200
+    assert int(row["dense_bytes"]) == 12 * 4 * 20_000
+
+
+def test_parameters_of_the_memory_benchmark_are_as_many_as_asked_for():
+    for count in (1000, 100_000, 123_457):
+        assert sum(p.numel() for p in flower_memory.parameters(count).values()) == count
+
+
+def test_change_of_the_readme_is_two_lines_and_their_imports():
+    readme = (ROOT / "README.md").read_text()
+    diffs = [d for d in re.findall(r"```diff\n(.*?)```", readme, re.DOTALL) if "from flwr" in d]
+    made = []
+    for diff in diffs:
+        changed = [line for line in diff.splitlines() if line[:1] in ("+", "-")]
+        assert len([line for line in changed if "import" not in line]) == 2
+        for sign in "-+":
+            lines = [line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign)]
+            names: dict[str, object] = {}
+            exec("\n".join(lines), names)
+            made.append(names)
+    plain_client, client, plain_server, server = made
+    assert isinstance(plain_client["app"], ClientApp)
+    assert client["app"]._mods == [compression_mod]
+    assert isinstance(plain_server["strategy"], FedAvg)
+    assert isinstance(server["strategy"], CompressedStrategy)
+    assert server["strategy"].compressor == LBGM(TopK(0.01))
