@@ -6,6 +6,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load_file, save_file
 
 from flower_app.task import build_model, evaluate, load_images
 from lbgm_compress.adapters.flower import CompressedStrategy, plot
@@ -25,25 +26,27 @@ def main(grid: Grid, context: Context) -> None:
         parse_compressor(str(config["compressor"])),
         log_file=out and out / "rounds.jsonl",
     )
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "held.safetensors").exists():
-            strategy.load(out / "held.safetensors")
+    model = build_model(hidden, int(config["seed"]))
+    if out and (out / "model.safetensors").exists():
+        # A server that was stopped goes on where it was.
+        model.load_state_dict(load_file(out / "model.safetensors"))
+        strategy.load(out / "held.safetensors")
 
     test = load_images(train=False)
 
-    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        model = build_model(hidden)
+    def evaluate_and_save(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
+        if out:
+            save_file(model.state_dict(), out / "model.safetensors")
+            strategy.save(out / "held.safetensors")
         loss, accuracy = evaluate(model, *test)
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
-    result = strategy.start(
+    strategy.start(
         grid,
-        ArrayRecord(build_model(hidden, int(config["seed"])).state_dict()),
+        ArrayRecord(model.state_dict()),
         num_rounds=int(config["num-server-rounds"]),
-        evaluate_fn=evaluate_globally,
+        evaluate_fn=evaluate_and_save,
     )
     if out:
-        strategy.save(out / "held.safetensors")
-        plot(result, out / "flower.png")
+        plot(out / "rounds.jsonl", out / "flower.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +11,23 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lbgm_compress.wire.values import as_bytes
+
 __all__ = ["pack_state", "unpack_state"]
 
-TREE = "tree"
+TREE, CHECK = "tree", "check"
 
 
 def pack_state(state: Any) -> bytes:
     """Return a nested state of dicts, lists, tensors, numbers and strings as bytes.
 
-    They are a file of safetensors, which holds the tensors (any dtype and shape) and the structure
-    around them as JSON.
+    They are a file of safetensors, which holds the tensors (any dtype and shape), the structure
+    around them as JSON, and a BLAKE2b hash of it all.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_described(state, tensors)).encode()
     tensors[TREE] = torch.frombuffer(bytearray(tree), dtype=torch.uint8)
+    tensors[CHECK] = _check(tensors)
     return safetensors.torch.save(tensors)
 
 
@@ -33,14 +37,28 @@ def unpack_state(data: bytes) -> Any:
     Raises
     ------
     ValueError
-        If the bytes are not those of a state.
+        If the bytes are not those of a state, or have changed.
     """
     try:
         tensors = safetensors.torch.load(data)
-        tree = json.loads(tensors[TREE].numpy().tobytes())
-        return _restored(tree, tensors)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if not torch.equal(tensors.pop(CHECK), _check(tensors)):
+            raise ValueError("they have changed since they were written")
+        return _restored(json.loads(tensors[TREE].numpy().tobytes()), tensors)
+    except (
+        *(safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError),
+        RuntimeError,
+    ) as error:
         raise ValueError(f"these bytes are not a saved state: {error}") from None
+
+
+def _check(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Hash names, dtypes, shapes and elements."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hashed.update(as_bytes(tensor).numpy().tobytes())
+    return torch.frombuffer(bytearray(hashed.digest()), dtype=torch.uint8)
 
 
 def _described(state: Any, tensors: dict[str, Tensor]) -> Any:

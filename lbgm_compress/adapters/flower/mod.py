@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
+from lbgm_compress.adapters.flower.held import layout_of
 from lbgm_compress.adapters.flower.update import (
+    ADDED,
     KEY,
     NDArray,
     Reply,
@@ -27,6 +29,7 @@ from lbgm_compress.adapters.flower.update import (
     updates,
 )
 from lbgm_compress.endpoints import Sender
+from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressionMod", "compression_mod"]
 
@@ -44,14 +47,16 @@ class CompressionMod:
     Between rounds it keeps a `lbgm_compress.Sender`'s compact state: the compressed look-back
     gradients, and a residual of the model's size for each `ErrorFeedback`. By default it is in
     ``context.state``, where Flower keeps it for the run, and moves it through its messages inside
-    the client in every round.
+    the client in every round. What a lost reply carried is lost, residual included, as it would be
+    without compression.
 
     Parameters
     ----------
     state_dir
         A folder for the state instead, made if it does not exist: one file for each training and
-        node. It is for large states, and survives a restart of the client. It may hold clients
-        of several nodes; files of trainings that are over may be deleted.
+        node. It is for large states, and survives a restart of the client where its node id does:
+        in deployment, that of a SuperNode with an authentication key. It may hold clients of
+        several nodes; files of trainings that are over may be deleted.
 
     Notes
     -----
@@ -86,8 +91,13 @@ class CompressionMod:
             sender = self._sender(request, ctxt, changes)
             message = None
             if changes:
-                names = list(compressible(parts, outside))
-                message = sender.compress(changes, _digest(request.digest, names, changes))
+                peer = _digest(request, compressible(parts, outside), changes)
+                try:
+                    message = sender.compress(changes, peer)
+                except PayloadError as error:
+                    sender = self._fresh(request, ctxt)
+                    logger.warning("compression_mod: the kept state is not used: %s", error)
+                    message = sender.compress(changes, peer)
         except ValueError as error:
             return _failed(error, msg)
         exact = {name: new[name] for name, part in parts.items() if part.exact}
@@ -97,10 +107,7 @@ class CompressionMod:
 
     def _sender(self, request: Request, ctxt: Context, changes: Mapping[str, Tensor]) -> Sender:
         """Return the sender of this training as the last round left it, or a new one."""
-        # Draws that are to be the same in a second run must not depend on a random node id.
-        seed = ctxt.node_config.get("partition-id", ctxt.node_id)
-        seed = seed if isinstance(seed, int) else ctxt.node_id
-        fresh = Sender(request.compressor, seed=seed, compact=True)
+        fresh = self._fresh(request, ctxt)
         data = self._kept(request, ctxt)
         if data is None:
             return fresh
@@ -113,12 +120,18 @@ class CompressionMod:
                     str(like.dtype),
                 ):
                     raise ValueError(f"the array {name!r} has another shape or dtype")
-            sender = Sender(request.compressor, seed=seed, compact=True)
+            sender = self._fresh(request, ctxt)
             sender.load_state_dict(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("compression_mod: the kept state is not used: %s", error)
             return fresh
         return sender
+
+    def _fresh(self, request: Request, ctxt: Context) -> Sender:
+        # Draws that are to be the same in a second run must not depend on a random node id.
+        seed = ctxt.node_config.get("partition-id", ctxt.node_id)
+        seed = seed if isinstance(seed, int) else ctxt.node_id
+        return Sender(request.compressor, seed=seed, compact=True)
 
     def _kept(self, request: Request, ctxt: Context) -> bytes | None:
         if self.state_dir is not None:
@@ -143,6 +156,8 @@ class CompressionMod:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(name, self._file(request, ctxt))
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -159,15 +174,16 @@ compression_mod = CompressionMod()
 """The mod with its defaults: ``ClientApp(mods=[compression_mod])``."""
 
 
-def _digest(digest: bytes, names: Sequence[str], changes: Mapping[str, Tensor]) -> Tensor:
+def _digest(request: Request, likes: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Tensor:
     """Return the part of a digest that is about the arrays of this round.
 
     One for other arrays says that the server holds nothing of these.
     """
-    if len(digest) != 8 * len(names):
-        digest = bytes(8 * len(names))
+    digest = request.digest
+    if layout_of(likes)[1] != request.layout or len(digest) != 8 * len(likes):
+        digest = bytes(8 * len(likes))
     entries = np.frombuffer(digest, dtype=np.uint8).reshape(-1, 8)
-    chosen = entries[[name in changes for name in names]]
+    chosen = entries[[name in changes for name in likes]]
     return torch.from_numpy(chosen.reshape(-1))
 
 
@@ -176,13 +192,14 @@ def _take_request(msg: Message) -> Any:
     if msg.metadata.message_type.split(".")[0] != "train" or not msg.has_content():
         return None
     for key, record in msg.content.config_records.items():
-        if KEY not in record:
-            continue
-        rest = ConfigRecord({name: value for name, value in record.items() if name != KEY})
-        others = {name: other for name, other in msg.content.items() if name != key}
-        # A record that the strategy added for the request alone goes with it.
-        msg.content = RecordDict(others if key == KEY else {**others, key: rest})
-        return record[KEY]
+        if ADDED in record:
+            content = {name: other for name, other in msg.content.items() if name != key}
+            msg.content = RecordDict(content)
+            return record[ADDED]
+        if KEY in record:
+            rest = ConfigRecord({name: value for name, value in record.items() if name != KEY})
+            msg.content = RecordDict({**msg.content, key: rest})
+            return record[KEY]
     return None
 
 

@@ -38,7 +38,7 @@ def plot(
     ImportError
         If matplotlib is not installed.
     ValueError
-        If no round has the metrics of `CompressedStrategy`.
+        If no round has the metrics of `CompressedStrategy`, or all replies were rejected.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,10 +47,10 @@ def plot(
         raise ImportError("plot needs matplotlib: pip install matplotlib") from error
 
     rounds = _of_result(training) if isinstance(training, Result) else _of_file(Path(training))
-    if not rounds:
+    if not any(round_["train"]["dense-bytes"] for round_ in rounds.values()):
         raise ValueError(
-            "no round has 'uplink-bytes' among its training metrics: was the training run by "
-            "CompressedStrategy?"
+            "no round has 'uplink-bytes' above 0 among its training metrics: was the training run "
+            "by CompressedStrategy, and were replies accepted?"
         )
     numbers = sorted(rounds)
     uplink = [rounds[number]["train"]["uplink-bytes"] for number in numbers]
@@ -113,7 +113,7 @@ def _of_file(path: Path) -> dict[int, dict[str, Any]]:
     # A file that several trainings wrote to: the last one.
     lines = [json.loads(line) for line in path.read_text().splitlines() if line]
     return {
-        line["round"]: line
+        line["training-round"]: line
         for line in lines
         if line["training"] == lines[-1]["training"] and line.get("train")
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,16 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
+from lbgm_compress.adapters.flower.held import Held
+from lbgm_compress.adapters.flower.screening import (
+    averages_lists,
+    check_weight,
+    metrics_signature,
+    usual,
+    weight_key_of,
+)
 from lbgm_compress.adapters.flower.update import (
+    ADDED,
     KEY,
     NDArray,
     Part,
@@ -41,16 +51,12 @@ from lbgm_compress.adapters.flower.update import (
     tensor_of,
 )
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.endpoints import Receiver
 from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressedStrategy"]
 
 FORMAT = 1
-# A larger weight of one client could make the sum of all overflow.
-LARGEST_WEIGHT = float(2**63)
 logger = logging.getLogger("flwr")
-Layout = tuple[tuple[str, tuple[int, ...], str], ...]
 Parameters = dict[str, NDArray]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -69,15 +75,17 @@ class CompressedStrategy(Strategy):
 
     Replies are not trusted. Who sent one is taken from Flower's metadata, and must be whom the
     message was sent to. One that is malformed, that brings inf or nan where the server's own
-    parameter is finite, or whose MetricRecord does not fit those of the others, becomes an error
-    reply, is logged and counted, and changes nothing.
+    parameter is finite, or whose dtypes or MetricRecord differ from those of most others, becomes
+    an error reply, is logged and counted, and changes nothing. So does a reply to an evaluation
+    whose MetricRecord differs.
 
-    The aggregated MetricRecord of a round also holds:
+    The aggregated MetricRecord of a round also holds, of the replies that were decoded:
 
-    - ``uplink-bytes``: what the clients' replies weigh, without Flower's own envelopes;
-    - ``dense-bytes``: what the elements of the same replies weigh without compression;
+    - ``uplink-bytes``: what they weigh, without Flower's own envelopes;
+    - ``dense-bytes``: what their elements weigh without compression;
     - ``recycled-share``: share of the tensors sent as look-back coefficients alone;
-    - ``rejected-replies``: replies that became errors here.
+
+    and ``rejected-replies``, those that became errors here.
 
     Parameters
     ----------
@@ -89,14 +97,14 @@ class CompressedStrategy(Strategy):
         Patterns (`fnmatch.fnmatchcase`) for names of arrays to be sent as they are, for example
         ``("head.*",)``. Arrays that are not float16, float32 or float64 always are.
     keep_rounds
-        What is held of a client that has not replied for so many rounds is dropped; None never
+        What is held of a client is dropped when it has not replied for so many rounds; None never
         does.
     memory_limit
-        Bytes to hold of all clients together, at most: the least recently seen are dropped first.
-        None is no limit.
+        Bytes to hold of all clients together between rounds, at most: the least recently seen are
+        dropped first. None is no limit.
     log_file
-        A file for a line of JSON a round: bytes, recycled share, replies, what is held, and the
-        metrics of training and evaluation.
+        A file to append a line of JSON a round to: bytes, recycled share, replies, what is held,
+        and the metrics of training and evaluation. Its folder is made if it does not exist.
 
     Raises
     ------
@@ -131,6 +139,9 @@ class CompressedStrategy(Strategy):
             )
         if isinstance(exclude, str):
             raise TypeError(f"exclude is a list of patterns, such as ({exclude!r},), not a str")
+        for pattern in exclude:
+            if not isinstance(pattern, str):
+                raise TypeError(f"exclude is a list of str, and {pattern!r} is none")
         for name, bound in (("keep_rounds", keep_rounds), ("memory_limit", memory_limit)):
             if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
                 raise TypeError(f"{name} must be a whole number or None, not {bound!r}")
@@ -139,15 +150,16 @@ class CompressedStrategy(Strategy):
         self.strategy = strategy
         self.compressor = compressor
         self.exclude = tuple(exclude)
-        self.keep_rounds = keep_rounds
-        self.memory_limit = memory_limit
         self.log_file = None if log_file is None else Path(log_file)
+        if self.log_file is not None:
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self.training = secrets.token_hex(16)
         self.totals = Tally()
-        self._rounds = 0
-        self._held: dict[Layout, Receiver] = {}
-        self._nodes: dict[int, _Node] = {}
+        self._held = Held(compressor, keep_rounds, memory_limit)
         self._round = _Round()
+        # What the replies of earlier rounds looked like: where as many differ as do not, that
+        # decides.
+        self._usual: dict[str, Hashable] = {}
         self._line: dict[str, Any] | None = None
         self._line_waits = False
 
@@ -168,6 +180,8 @@ class CompressedStrategy(Strategy):
                     f"strategy sends {len(records)}"
                 )
             [(key, record)] = records.items()
+            # What cannot be sent is told now, and not by every client.
+            self._round.sent(record, self.exclude)
             node = message.metadata.dst_node_id
             self._round.asked.setdefault(node, []).append(_Asked(message, key, record))
             message.content = self._with_request(message.content, node)
@@ -178,37 +192,25 @@ class CompressedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the replies, and let the inner strategy aggregate them."""
         replies = list(replies)
-        self._rounds += 1
+        self._held.rounds += 1
         tally = Tally(replies=len(replies))
-        signature, weight_key = _usual_signature(replies), _weight_key(self.strategy)
         asked = [self._asked_for(reply) for reply in replies]
-        answers = Counter(
-            id(ask) for reply, ask in zip(replies, asked, strict=True) if not reply.has_error()
-        )
+        wrong = self._screen("train", replies)
+        received = self._unpacked(replies, asked, wrong)
         dense: list[Message] = []
-        for reply, ask in zip(replies, asked, strict=True):
-            if reply.has_error():
-                tally.failed += 1
-                dense.append(reply)
-                continue
-            try:
-                if ask is None or answers[id(ask)] > 1:
-                    raise PayloadError("it is not the one answer to a message of this round")
-                _check_metrics(reply, signature, weight_key)
-                dense.append(self._decoded(ask, reply, tally))
-            except PayloadError as error:
-                tally.rejected += 1
-                dense.append(_rejection(ask, reply, str(error)))
-        if dense and _total_weight(dense, weight_key) == 0:
-            reason = f"{weight_key!r} is 0 in every reply of this round"
-            for i, (reply, ask) in enumerate(zip(dense, asked, strict=True)):
-                if not reply.has_error():
-                    tally.rejected += 1
-                    dense[i] = _rejection(ask, reply, reason)
-        self._drop_old()
+        for i, (reply, ask) in enumerate(zip(replies, asked, strict=True)):
+            if not reply.has_error() and i not in wrong:
+                assert ask is not None
+                try:
+                    self._decode(ask, reply, received[i], tally)
+                except PayloadError as error:
+                    wrong[i] = str(error)
+            tally.failed += reply.has_error()
+            dense.append(_rejection(ask, reply, wrong[i]) if i in wrong else reply)
+        self._held.end_round()
+        tally.rejected = len(wrong)
         self.totals.add(tally)
-        held = self.held_bytes()
-        logger.info("compression: %s; %s held of %d clients", tally, _human(held), len(self._nodes))
+        logger.info("compression: %s; held of %d clients: %s", tally, *self._held_now())
         arrays, metrics = self.strategy.aggregate_train(server_round, dense)
         if replies:
             metrics = MetricRecord() if metrics is None else metrics
@@ -227,7 +229,10 @@ class CompressedStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Do what the inner strategy does."""
+        """Let the inner strategy aggregate the replies that fit together."""
+        replies = list(replies)
+        for i, reason in self._screen("evaluate", replies).items():
+            replies[i] = _rejection(None, replies[i], reason)
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         if self._line is not None:
             self._line["evaluate"] = _plain(metrics)
@@ -240,8 +245,9 @@ class CompressedStrategy(Strategy):
         logger.info("\t├──> Compression:")
         logger.info("\t│\t├── Compressor: %r", self.compressor)
         logger.info("\t│\t├── Sent as they are: %s", ", ".join(self.exclude) or "integers alone")
-        keep = "for good" if self.keep_rounds is None else f"for {self.keep_rounds} rounds"
-        limit = "no limit" if self.memory_limit is None else f"at most {_human(self.memory_limit)}"
+        rounds, most = self._held.keep_rounds, self._held.memory_limit
+        keep = "for good" if rounds is None else f"for {rounds} rounds"
+        limit = "no limit" if most is None else f"at most {_human(most)}"
         last = "├" if self.totals.replies else "└"
         logger.info("\t│\t%s── Held of a client: %s, %s", last, keep, limit)
         if self.totals.replies:
@@ -289,12 +295,12 @@ class CompressedStrategy(Strategy):
     # --- what is held ----------------------------------------------------------------------------
 
     def held_bytes(self) -> int:
-        """Return how many bytes of compressed tensors are held of all clients together."""
-        return sum(node.bytes for node in self._nodes.values())
+        """Return how many bytes are held of all clients together."""
+        return self._held.nbytes()
 
     def held_clients(self) -> list[int]:
         """Return the ids of the clients of which something is held, least recently seen first."""
-        return sorted(self._nodes, key=lambda node: self._nodes[node].seen)
+        return self._held.clients()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is held as a nested dict of tensors, numbers and strings.
@@ -303,18 +309,7 @@ class CompressedStrategy(Strategy):
         read it without pickle. The parameters, and what the inner strategy remembers, such as a
         momentum, are not in it.
         """
-        layouts = list(self._held)
-        return {
-            "format": FORMAT,
-            "compressor": repr(self.compressor),
-            "training": self.training,
-            "rounds": self._rounds,
-            "layouts": [list(map(list, layout)) for layout in layouts],
-            "receivers": [self._held[layout].state_dict() for layout in layouts],
-            "nodes": {
-                node: [layouts.index(held.layout), held.seen] for node, held in self._nodes.items()
-            },
-        }
+        return {"format": FORMAT, "training": self.training, **self._held.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned: clients are recognised, and recycle on.
@@ -329,36 +324,22 @@ class CompressedStrategy(Strategy):
                 raise ValueError(
                     f"the state has format {state['format']}, this release reads {FORMAT}"
                 )
-            if state["compressor"] != repr(self.compressor):
-                raise ValueError(
-                    f"the state is that of {state['compressor']}, and this strategy uses "
-                    f"{self.compressor!r}"
-                )
-            layouts: list[Layout] = [
-                tuple((str(name), tuple(shape), str(dtype)) for name, shape, dtype in layout)
-                for layout in state["layouts"]
-            ]
-            held: dict[Layout, Receiver] = {}
-            for layout, receiver in zip(layouts, state["receivers"], strict=True):
-                held[layout] = self._receiver(layout)
-                held[layout].load_state_dict(receiver)
-            nodes = {
-                int(node): _Node(layouts[index], int(seen), held[layouts[index]].held_bytes(node))
-                for node, (index, seen) in state["nodes"].items()
-            }
-            training, rounds = str(state["training"]), int(state["rounds"])
+            training = str(state["training"])
+            self._held.load_state_dict(state)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"this is not a state that CompressedStrategy.state_dict returned: {error!r}"
             ) from None
-        self._held, self._nodes = held, nodes
-        self.training, self._rounds = training, rounds
+        self.training = training
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file of safetensors; an older file is replaced as a whole."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        part.write_bytes(pack_state(self.state_dict()))
+        with part.open("wb") as file:
+            file.write(pack_state(self.state_dict()))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -375,16 +356,70 @@ class CompressedStrategy(Strategy):
 
     def _with_request(self, content: RecordDict, node: int) -> RecordDict:
         """Return a client's own copy of a message's content, with the request in it."""
-        held = self._nodes.get(node)
-        digest = b""
-        if held is not None:
-            digest = self._held[held.layout].digest(node).numpy().tobytes()
-        request = Request(self.compressor, self.exclude, self.training, digest).pack()
+        held = self._held.digest(node)
+        request = Request(self.compressor, self.exclude, self.training, *held).pack()
         configs = content.config_records
-        # Mods of differential privacy want one ConfigRecord, no more.
-        key = next(iter(configs), KEY)
-        config = ConfigRecord({**configs.get(key, {}), KEY: request})
-        return RecordDict({**content, key: config})
+        if configs:
+            # Mods of differential privacy want one ConfigRecord, no more.
+            key, config = next(iter(configs.items()))
+            return RecordDict({**content, key: ConfigRecord({**config, KEY: request})})
+        key = ADDED
+        while key in content:
+            key += "."
+        return RecordDict({**content, key: ConfigRecord({ADDED: request})})
+
+    def _screen(self, stage: str, replies: list[Message]) -> dict[int, str]:
+        """Say what is wrong with the metrics of replies, by position."""
+        weight_key = weight_key_of(self.strategy)
+        lengths = averages_lists(self.strategy, stage)
+        wrong: dict[int, str] = {}
+        signatures: dict[int, Hashable] = {}
+        for i, reply in enumerate(replies):
+            if reply.has_error():
+                continue
+            reason = check_weight(reply, weight_key)
+            if reason is None:
+                signatures[i] = metrics_signature(reply, lengths)
+            else:
+                wrong[i] = reason
+        chosen = usual(signatures.values(), [self._usual.get(stage)])
+        for i, signature in signatures.items():
+            if signature != chosen:
+                wrong[i] = "its MetricRecord has other names or sizes than those of most clients"
+        if chosen is not None:
+            self._usual[stage] = chosen
+        return wrong
+
+    def _unpacked(
+        self, replies: list[Message], asked: list[_Asked | None], wrong: dict[int, str]
+    ) -> dict[int, Reply]:
+        """Take replies apart, and add to `wrong` those with which that, or their dtypes, is."""
+        answers = Counter(
+            id(ask) for reply, ask in zip(replies, asked, strict=True) if not reply.has_error()
+        )
+        received: dict[int, Reply] = {}
+        dtypes: dict[int, Hashable] = {}
+        sent_dtypes: Hashable = None
+        for i, (reply, ask) in enumerate(zip(replies, asked, strict=True)):
+            if reply.has_error() or i in wrong:
+                continue
+            try:
+                if ask is None or answers[id(ask)] > 1:
+                    raise PayloadError("it is not the one answer to a message of this round")
+                _, defaults, outside = self._round.sent(ask.record, self.exclude)
+                received[i] = Reply.unpack(_array_of(reply, ask), defaults, outside)
+            except PayloadError as error:
+                wrong[i] = str(error)
+                continue
+            sent_dtypes = tuple(part.dtype for part in defaults.values())
+            dtypes[i] = tuple(part.dtype for part in received[i].parts.values())
+        chosen = usual(dtypes.values(), [self._usual.get("dtypes"), sent_dtypes])
+        for i, found in dtypes.items():
+            if found != chosen:
+                wrong[i] = "its arrays have other dtypes than those of most clients"
+        if chosen is not None:
+            self._usual["dtypes"] = chosen
+        return received
 
     def _asked_for(self, reply: Message) -> _Asked | None:
         """Return what a reply answers, or None if its sender was not asked for it."""
@@ -393,85 +428,43 @@ class CompressedStrategy(Strategy):
                 return asked
         return None
 
-    def _decoded(self, asked: _Asked, reply: Message, tally: Tally) -> Message:
-        """Return a reply as the inner strategy expects it, and keep what it brings."""
-        records = reply.content.array_records
-        if len(records) != 1:
-            raise PayloadError(f"it has {len(records)} ArrayRecords, expected one")
-        [record] = records.values()
-        if list(record) != [KEY]:
-            raise PayloadError(
-                "it is not compressed: put compression_mod first into ClientApp(mods=[...])"
-            )
-        sent, defaults, outside = self._round.sent(asked.record, self.exclude)
-        received = Reply.unpack(record[KEY], defaults, outside)
+    def _decode(self, asked: _Asked, reply: Message, received: Reply, tally: Tally) -> None:
+        """Make a reply what the inner strategy expects, and hold what it brings."""
+        sent, _, outside = self._round.sent(asked.record, self.exclude)
         parts = received.parts
         for name, array in received.exact.items():
             _check_finite(name, array, sent[name])
         new: dict[str, NDArray] = dict(received.exact)
-        layout = _layout(compressible(parts, outside))
-        node = asked.message.metadata.dst_node_id
         recycled = 0
         if received.message is not None:
-            receiver = self._held.get(layout) or self._receiver(layout)
-            names = [name for name, part in parts.items() if not part.exact]
-            report = receiver.report(received.message, names)
 
             def check(changes: Mapping[str, Tensor]) -> None:
                 for name, change in changes.items():
                     new[name] = (tensor_of(sent[name], parts[name].dtype) + change).numpy()
                     _check_finite(name, new[name], sent[name])
 
-            receiver.decompress(node, received.message, names, check=check)
+            report = self._held.decode(
+                asked.message.metadata.dst_node_id,
+                compressible(parts, outside),
+                received.message,
+                [name for name, part in parts.items() if not part.exact],
+                check,
+            )
             recycled = sum(tensor.recycled for tensor in report.values())
-            self._keep(node, layout, receiver)
-        tally.uplink += len(record[KEY].data)
+        tally.uplink += len(_array_of(reply, asked).data)
         tally.dense += sum(part.nbytes for part in parts.values())
         tally.recycled += recycled
         tally.tensors += len(parts) - len(received.exact)
         arrays = ArrayRecord({name: Array(np.asarray(new[name])) for name in sent})
-        others = {name: other for name, other in reply.content.items() if name not in records}
-        reply.content = RecordDict({asked.key: arrays, **others})
-        return reply
-
-    def _keep(self, node: int, layout: Layout, receiver: Receiver) -> None:
-        """Remember that a client was seen, and what is held of it."""
-        before = self._nodes.get(node)
-        if before is not None and before.layout != layout:
-            self._held[before.layout].drop(node)
-        held = receiver.held_bytes(node)
-        if not held:
-            receiver.drop(node)
-            self._nodes.pop(node, None)
-            return
-        self._held[layout] = receiver
-        self._nodes[node] = _Node(layout, self._rounds, held)
-
-    def _drop(self, node: int) -> None:
-        self._held[self._nodes.pop(node).layout].drop(node)
-
-    def _drop_old(self) -> None:
-        """Forget clients that were not seen for long, and those for which there is no room."""
-        if self.keep_rounds is not None:
-            oldest = self._rounds - self.keep_rounds
-            for node in [node for node, held in self._nodes.items() if held.seen < oldest]:
-                self._drop(node)
-        if self.memory_limit is not None:
-            held = self.held_bytes()
-            for node in self.held_clients():
-                if held <= self.memory_limit:
-                    break
-                held -= self._nodes[node].bytes
-                self._drop(node)
-        used = {node.layout for node in self._nodes.values()}
-        self._held = {layout: held for layout, held in self._held.items() if layout in used}
-
-    def _receiver(self, layout: Layout) -> Receiver:
-        likes = {
-            name: torch.empty((), dtype=getattr(torch, dtype)).expand(shape)
-            for name, shape, dtype in layout
+        others = {
+            name: other
+            for name, other in reply.content.items()
+            if name not in reply.content.array_records
         }
-        return Receiver(self.compressor, likes)
+        reply.content = RecordDict({asked.key: arrays, **others})
+
+    def _held_now(self) -> tuple[int, str]:
+        return len(self._held), _human(self._held.nbytes())
 
     def _start_line(self, server_round: int, tally: Tally, metrics: MetricRecord | None) -> None:
         if self.log_file is None:
@@ -479,11 +472,12 @@ class CompressedStrategy(Strategy):
         self._line = {
             "training": self.training,
             "round": server_round,
+            "training-round": self._held.rounds,
             "replies": tally.replies,
             "failed-replies": tally.failed,
             **tally.metrics(),
-            "held-clients": len(self._nodes),
-            "held-bytes": self.held_bytes(),
+            "held-clients": len(self._held),
+            "held-bytes": self._held.nbytes(),
             "train": _plain(metrics),
         }
 
@@ -502,10 +496,7 @@ class CompressedStrategy(Strategy):
             "%s├── Replies: %d, failed %d, rejected %d",
             *(indent, totals.replies, totals.failed, totals.rejected),
         )
-        logger.info(
-            "%s└── Held now: %s of %d clients",
-            *(indent, _human(self.held_bytes()), len(self._nodes)),
-        )
+        logger.info("%s└── Held now of %d clients: %s", indent, *self._held_now())
 
 
 @dataclass
@@ -558,14 +549,6 @@ class _Asked(NamedTuple):
     record: ArrayRecord
 
 
-class _Node(NamedTuple):
-    """A client of which something is held."""
-
-    layout: Layout
-    seen: int
-    bytes: int
-
-
 @dataclass
 class _Round:
     """What clients were sent in this round."""
@@ -592,78 +575,34 @@ class _Round:
         return self._sent[id(record)]
 
 
-def _layout(likes: Mapping[str, Tensor]) -> Layout:
-    return tuple(
-        (name, tuple(like.shape), str(like.dtype).removeprefix("torch."))
-        for name, like in likes.items()
-    )
+def _array_of(reply: Message, asked: _Asked) -> Array:
+    """Return the array that a compressed reply consists of."""
+    records = reply.content.array_records
+    if len(records) != 1:
+        raise PayloadError(f"it has {len(records)} ArrayRecords, expected one")
+    [(key, record)] = records.items()
+    if list(record) != [KEY]:
+        raise PayloadError(
+            "it is not compressed: put compression_mod first into ClientApp(mods=[...])"
+        )
+    if key != asked.key and asked.key in reply.content:
+        raise PayloadError(f"another record has the name of its arrays, {asked.key!r}")
+    return record[KEY]
 
 
 def _check_finite(name: str, array: NDArray, sent: NDArray) -> None:
-    """Refuse inf and nan where the server's own parameter is finite."""
-    if array.dtype.kind not in "fc" or np.isfinite(array).all():
+    """Refuse inf and nan where the server's own parameter is finite.
+
+    That goes for what becomes of the elements in the server's dtype, too.
+    """
+    if array.dtype.kind not in "fc":
         return
-    if (~np.isfinite(array) & np.isfinite(sent)).any():
+    finite = np.isfinite(array)
+    if sent.dtype.kind in "fc" and sent.dtype.itemsize < array.dtype.itemsize:
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite &= np.isfinite(array.astype(sent.dtype))
+    if not finite.all() and (~finite & np.isfinite(sent)).any():
         raise PayloadError(f"it makes elements of {name!r} inf or nan")
-
-
-Signature = tuple[str, tuple[tuple[str, int], ...]]
-
-
-def _signature(reply: Message) -> Signature | None:
-    """Return the names in a reply's one MetricRecord, with the lengths of lists, or -1."""
-    records = reply.content.metric_records
-    if len(records) != 1:
-        return None
-    [(key, record)] = records.items()
-    sizes = ((name, len(v) if isinstance(v, list) else -1) for name, v in record.items())
-    return key, tuple(sorted(sizes))
-
-
-def _usual_signature(replies: Iterable[Message]) -> Signature | None:
-    """Return what most replies have; strategies refuse all if one differs."""
-    found = Counter(
-        signature
-        for reply in replies
-        if not reply.has_error() and (signature := _signature(reply)) is not None
-    )
-    return found.most_common(1)[0][0] if found else None
-
-
-def _check_metrics(reply: Message, usual: Signature | None, weight_key: str | None) -> None:
-    if len(reply.content.metric_records) != 1:
-        raise PayloadError(
-            f"it has {len(reply.content.metric_records)} MetricRecords, expected one"
-        )
-    if _signature(reply) != usual:
-        raise PayloadError("its MetricRecord has other names or sizes than those of most clients")
-    weight = _weight(reply, weight_key)
-    if not (weight is None or 0 <= weight <= LARGEST_WEIGHT):
-        raise PayloadError(f"its {weight_key!r} is {weight}")
-
-
-def _weight(reply: Message, weight_key: str | None) -> int | float | None:
-    [record] = reply.content.metric_records.values()
-    weight = None if weight_key is None else record.get(weight_key)
-    return weight if isinstance(weight, (int, float)) else None
-
-
-def _total_weight(replies: Iterable[Message], weight_key: str | None) -> float | None:
-    """Return the sum of all weights, or None if there are none."""
-    weights = [_weight(reply, weight_key) for reply in replies if not reply.has_error()]
-    if not weights or None in weights:
-        return None
-    return float(sum(weight for weight in weights if weight is not None))
-
-
-def _weight_key(strategy: Any) -> str | None:
-    """Return the name of the metric that a strategy, or one inside it, weighs replies by."""
-    while strategy is not None:
-        key = getattr(strategy, "weighted_by_key", None)
-        if isinstance(key, str):
-            return key
-        strategy = getattr(strategy, "strategy", None)
-    return None
 
 
 def _rejection(asked: _Asked | None, reply: Message, reason: str) -> Message:
@@ -678,10 +617,13 @@ def _plain(metrics: MetricRecord | None) -> dict[str, Any] | None:
     """Return metrics as JSON has them, which knows neither inf nor nan."""
     if metrics is None:
         return None
-    return {
-        name: None if isinstance(value, float) and not np.isfinite(value) else value
-        for name, value in metrics.items()
-    }
+    return {name: _number(value) for name, value in metrics.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _human(count: int) -> str:

@@ -3,7 +3,8 @@
 A *request* is one value, bytes, in the ConfigRecord of a train message: a JSON object, a zero byte
 and the digest of what the server holds of the client (`lbgm_compress.Receiver.digest`; empty if it
 holds nothing). The object has the keys ``version`` (1), ``compressor`` (its repr), ``exclude`` (a
-list of patterns) and ``training`` (an identifier of the training, which a restored server keeps).
+list of patterns), ``training`` (an identifier of the training, which a restored server keeps) and
+``layout`` (a hash, in hexadecimal digits, of the names, shapes and dtypes that the digest is for).
 
 A *reply* is one array of bytes in the place of the client's ArrayRecord (stype `STYPE`, so that
 nobody takes it for parameters). T arrays, in the order of their sorted names::
@@ -43,6 +44,7 @@ from lbgm_compress.expression import parse_compressor
 from lbgm_compress.wire.errors import PayloadError
 
 __all__ = [
+    "ADDED",
     "DTYPES",
     "KEY",
     "STYPE",
@@ -57,6 +59,8 @@ __all__ = [
 ]
 
 KEY = "lbgm_compress"
+# The key of a request in a ConfigRecord that was added for it alone.
+ADDED = "lbgm_compress.added"
 STYPE = "lbgm_compress"
 VERSION = 1
 EXACT = 128
@@ -77,6 +81,7 @@ class Request:
     compressor: Compressor
     exclude: tuple[str, ...]
     training: str
+    layout: bytes
     digest: bytes
 
     def pack(self) -> bytes:
@@ -86,6 +91,7 @@ class Request:
             "compressor": repr(self.compressor),
             "exclude": self.exclude,
             "training": self.training,
+            "layout": self.layout.hex(),
         }
         return json.dumps(head).encode() + b"\0" + self.digest
 
@@ -104,6 +110,7 @@ class Request:
         try:
             head = json.loads(text)
             version, training = head["version"], str(head["training"])
+            layout = bytes.fromhex(head["layout"])
             expression, exclude = str(head["compressor"]), tuple(map(str, head["exclude"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the request cannot be read: {error!r}") from None
@@ -112,7 +119,7 @@ class Request:
                 f"the server's request has version {version}, this client reads version {VERSION}: "
                 "use the same release of lbgm_compress at both ends"
             )
-        return Request(parse_compressor(expression), exclude, training, digest)
+        return Request(parse_compressor(expression), exclude, training, layout, digest)
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,8 @@ def _read_table(
         if index >= len(DTYPES):
             raise PayloadError(f"the array {name!r} has an unknown dtype {index}")
         dtype = DTYPES[index]
+        if dtype.startswith("complex") and not default.dtype.startswith("complex"):
+            raise PayloadError(f"the array {name!r} is {dtype}, and {default.dtype} was sent")
         if not exact and (dtype not in COMPRESSED or name in outside):
             raise PayloadError(f"the array {name!r} must be sent exactly")
         parts[name] = Part(default.shape, dtype, exact)
