@@ -6,20 +6,30 @@ look back at. Its state is then loaded by a new process, whose memory tells what
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
-import os
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from command_line import Parser, check_folder
 from compare import number_in, positive
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flower_simulation import Sampled, nodes_of, tell_partition
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -31,6 +41,7 @@ from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
 from lbgm_compress.expression import parse_compressor
 
 client_app = ClientApp(mods=[compression_mod])
+client_app.query()(tell_partition)
 LOADED = """
 import sys
 from flwr.serverapp.strategy import FedAvg
@@ -75,21 +86,44 @@ def parameters(count: int) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def simulate(compressor: Compressor, clients: int, count: int, rounds: int, share: float) -> None:
-    """Train, and write what the server holds to the file that the environment names."""
+class Drawn(Sampled):
+    """FedAvg of clients that are drawn anew in each round, by a seed."""
+
+    def __init__(self, nodes: dict[int, int], share: float, seed: int) -> None:
+        super().__init__(nodes, momentum=0.0)
+        self.count = max(1, round(share * len(nodes)))
+        self.generator = random.Random(seed)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw clients, and ask them."""
+        self.sampled = sorted(self.generator.sample(sorted(self.nodes), self.count))
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody."""
+        return []
+
+
+def simulate(compressor: Compressor, options: argparse.Namespace, path: str) -> None:
+    """Train, and write what the server holds to a file."""
     from flwr.simulation import run_simulation
 
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        inner = FedAvg(fraction_train=share, fraction_evaluate=0.0, min_available_nodes=clients)
+        inner = Drawn(nodes_of(grid, options.clients), options.participation, options.seed)
         strategy = CompressedStrategy(inner, compressor, keep_rounds=None)
-        strategy.start(grid, ArrayRecord(parameters(count)), num_rounds=rounds)
-        strategy.save(os.environ["HELD"])
+        arrays = ArrayRecord(parameters(options.parameters))
+        strategy.start(grid, arrays, num_rounds=options.rounds)
+        strategy.save(path)
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server_app, client_app, clients, backend_config=resources)
+    run_simulation(server_app, client_app, options.clients, backend_config=resources)
 
 
 def main(arguments: list[str]) -> int:
@@ -119,16 +153,9 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     if options.parameters < 1000:
         parser.error(f"--parameters {options.parameters} is less than 1000")
-    random.seed(options.seed)
     with tempfile.TemporaryDirectory() as held:
-        path = os.environ["HELD"] = f"{held}/held.safetensors"
-        simulate(
-            compressor,
-            options.clients,
-            options.parameters,
-            options.rounds,
-            options.participation,
-        )
+        path = f"{held}/held.safetensors"
+        simulate(compressor, options, path)
         strategy = CompressedStrategy(FedAvg(), compressor, keep_rounds=None)
         strategy.load(path)
         command = [sys.executable, "-c", LOADED, repr(compressor), path]

@@ -38,7 +38,7 @@ from torch import Tensor
 from lbgm_compress import Compressor
 from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
 
-__all__ = ["client_app", "simulate"]
+__all__ = ["Sampled", "client_app", "nodes_of", "simulate", "tell_partition"]
 
 ORDER = "order"
 REPLIES_WITHIN = 300.0  # seconds
@@ -57,11 +57,13 @@ def _loaded(path: str) -> tuple[Training, Workers, Callable[..., dict[str, Tenso
     return training, workers, local_updates(training.initial_model(), training, workers)
 
 
-@client_app.query()
 def tell_partition(message: Message, context: Context) -> Message:
     """Say which worker this is: node ids are random."""
     record = MetricRecord({"partition": int(context.node_config["partition-id"])})
     return Message(RecordDict({"metrics": record}), reply_to=message)
+
+
+client_app.query()(tell_partition)
 
 
 @client_app.train()
@@ -134,7 +136,7 @@ class Sampled(FedAvgM):
         return super().aggregate_train(server_round, replies)
 
 
-def _nodes(grid: Grid, workers: int) -> dict[int, int]:
+def nodes_of(grid: Grid, workers: int) -> dict[int, int]:
     """Return the node of each worker."""
     while len(ids := list(grid.get_node_ids())) < workers:
         time.sleep(0.1)
@@ -196,7 +198,7 @@ def simulate(socket: str, training_file: str, key: bytes) -> None:
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         with Client(socket, authkey=key) as asks:
-            nodes = _nodes(grid, workers)
+            nodes = nodes_of(grid, workers)
             while True:
                 compressor: Any = None
                 with contextlib.suppress(EOFError, OSError):

@@ -67,9 +67,17 @@ def _described(state: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = state.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(state, Mapping):
-        return {"dict": [[key, _described(value, tensors)] for key, value in state.items()]}
+        return {
+            "dict": [
+                [_described(key, tensors), _described(value, tensors)]
+                for key, value in state.items()
+            ]
+        }
     if isinstance(state, (list, tuple)):
         return {"list": [_described(value, tensors) for value in state]}
+    if isinstance(state, int) and abs(state) >= 2**32:
+        # Random identifiers take the same space whatever they are.
+        return {"hex": format(state, "016x")}
     if state is None or isinstance(state, (bool, int, float, str)):
         return state
     raise TypeError(f"a state holds tensors, numbers and strings, not {type(state).__name__}")
@@ -82,7 +90,9 @@ def _restored(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {key: _restored(item, tensors) for key, item in value}
+        return {_restored(key, tensors): _restored(item, tensors) for key, item in value}
+    if kind == "hex":
+        return int(value, 16)
     if kind == "list":
         return tuple(_restored(item, tensors) for item in value)
     raise ValueError(f"unknown structure {kind!r}")
