@@ -66,18 +66,19 @@ class CompressedStrategy(Strategy):
 
     Clients need `compression_mod` in their ClientApp; a reply that is not compressed counts as that
     client's error, and its reason says so. The inner strategy sees what it would have seen without
-    compression: dense replies with one ArrayRecord, in the dtypes that clients returned. Wrappers
-    that look into replies, as `DifferentialPrivacyServerSideFixedClipping` does, belong inside;
-    those whose clients clip, as `DifferentialPrivacyClientSideFixedClipping`, fit on either side.
+    compression: dense replies with one ArrayRecord, in the dtypes that most clients return.
+    Wrappers that look into replies, as `DifferentialPrivacyServerSideFixedClipping` does, belong
+    inside; those whose clients clip, as `DifferentialPrivacyClientSideFixedClipping`, fit on either
+    side.
 
     Of every client the server keeps what the client's next message may look back at, compressed as
     it came (`lbgm_compress.Receiver`). Whoever is dropped sends one full update the next time.
 
     Replies are not trusted. Who sent one is taken from Flower's metadata, and must be whom the
     message was sent to. One that is malformed, that brings inf or nan where the server's own
-    parameter is finite, or whose dtypes or MetricRecord differ from those of most others, becomes
-    an error reply, is logged and counted, and changes nothing. So does a reply to an evaluation
-    whose MetricRecord differs.
+    parameter is finite, or whose MetricRecord has other names than those of most others where the
+    inner strategy needs them alike, becomes an error reply, is logged and counted, and changes
+    nothing. So does such a reply to an evaluation.
 
     The aggregated MetricRecord of a round also holds, of the replies that were decoded:
 
@@ -160,6 +161,7 @@ class CompressedStrategy(Strategy):
         # What the replies of earlier rounds looked like: where as many differ as do not, that
         # decides.
         self._usual: dict[str, Hashable] = {}
+        self._usual_dtypes: tuple[str, ...] | None = None
         self._line: dict[str, Any] | None = None
         self._line_waits = False
 
@@ -196,13 +198,13 @@ class CompressedStrategy(Strategy):
         tally = Tally(replies=len(replies))
         asked = [self._asked_for(reply) for reply in replies]
         wrong = self._screen("train", replies)
-        received = self._unpacked(replies, asked, wrong)
+        received, dtypes = self._unpacked(replies, asked, wrong)
         dense: list[Message] = []
         for i, (reply, ask) in enumerate(zip(replies, asked, strict=True)):
             if not reply.has_error() and i not in wrong:
                 assert ask is not None
                 try:
-                    self._decode(ask, reply, received[i], tally)
+                    self._decode(ask, reply, received[i], dtypes, tally)
                 except PayloadError as error:
                     wrong[i] = str(error)
             tally.failed += reply.has_error()
@@ -371,6 +373,9 @@ class CompressedStrategy(Strategy):
     def _screen(self, stage: str, replies: list[Message]) -> dict[int, str]:
         """Say what is wrong with the metrics of replies, by position."""
         weight_key = weight_key_of(self.strategy)
+        if weight_key is None:
+            # Not one of Flower's own, which all weigh replies: it may do with them what it wants.
+            return {}
         lengths = averages_lists(self.strategy, stage)
         wrong: dict[int, str] = {}
         signatures: dict[int, Hashable] = {}
@@ -392,14 +397,18 @@ class CompressedStrategy(Strategy):
 
     def _unpacked(
         self, replies: list[Message], asked: list[_Asked | None], wrong: dict[int, str]
-    ) -> dict[int, Reply]:
-        """Take replies apart, and add to `wrong` those with which that, or their dtypes, is."""
+    ) -> tuple[dict[int, Reply], dict[str, str]]:
+        """Take replies apart, and return them and the dtypes that most have, by name.
+
+        Those that cannot be taken apart are added to `wrong`.
+        """
         answers = Counter(
             id(ask) for reply, ask in zip(replies, asked, strict=True) if not reply.has_error()
         )
         received: dict[int, Reply] = {}
-        dtypes: dict[int, Hashable] = {}
-        sent_dtypes: Hashable = None
+        found: list[tuple[str, ...]] = []
+        names: list[str] = []
+        sent_dtypes: tuple[str, ...] | None = None
         for i, (reply, ask) in enumerate(zip(replies, asked, strict=True)):
             if reply.has_error() or i in wrong:
                 continue
@@ -411,15 +420,14 @@ class CompressedStrategy(Strategy):
             except PayloadError as error:
                 wrong[i] = str(error)
                 continue
+            names = list(defaults)
             sent_dtypes = tuple(part.dtype for part in defaults.values())
-            dtypes[i] = tuple(part.dtype for part in received[i].parts.values())
-        chosen = usual(dtypes.values(), [self._usual.get("dtypes"), sent_dtypes])
-        for i, found in dtypes.items():
-            if found != chosen:
-                wrong[i] = "its arrays have other dtypes than those of most clients"
-        if chosen is not None:
-            self._usual["dtypes"] = chosen
-        return received
+            found.append(tuple(part.dtype for part in received[i].parts.values()))
+        chosen = usual(found, [self._usual_dtypes, sent_dtypes])
+        if chosen is None:
+            return received, {}
+        self._usual_dtypes = chosen
+        return received, dict(zip(names, chosen, strict=True))
 
     def _asked_for(self, reply: Message) -> _Asked | None:
         """Return what a reply answers, or None if its sender was not asked for it."""
@@ -428,20 +436,33 @@ class CompressedStrategy(Strategy):
                 return asked
         return None
 
-    def _decode(self, asked: _Asked, reply: Message, received: Reply, tally: Tally) -> None:
+    def _decode(
+        self,
+        asked: _Asked,
+        reply: Message,
+        received: Reply,
+        dtypes: Mapping[str, str],
+        tally: Tally,
+    ) -> None:
         """Make a reply what the inner strategy expects, and hold what it brings."""
         sent, _, outside = self._round.sent(asked.record, self.exclude)
         parts = received.parts
-        for name, array in received.exact.items():
-            _check_finite(name, array, sent[name])
-        new: dict[str, NDArray] = dict(received.exact)
+        new: dict[str, NDArray] = {}
         recycled = 0
+
+        def add(name: str, array: NDArray) -> None:
+            _check_finite(name, array, sent[name])
+            with np.errstate(over="ignore", invalid="ignore"):
+                new[name] = array.astype(dtypes.get(name, array.dtype), copy=False)
+            _check_finite(name, new[name], sent[name])
+
+        for name, array in received.exact.items():
+            add(name, array)
         if received.message is not None:
 
             def check(changes: Mapping[str, Tensor]) -> None:
                 for name, change in changes.items():
-                    new[name] = (tensor_of(sent[name], parts[name].dtype) + change).numpy()
-                    _check_finite(name, new[name], sent[name])
+                    add(name, (tensor_of(sent[name], parts[name].dtype) + change).numpy())
 
             report = self._held.decode(
                 asked.message.metadata.dst_node_id,
