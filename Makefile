@@ -9,7 +9,7 @@ compare: $(VENV)/.installed
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

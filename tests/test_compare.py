@@ -42,6 +42,7 @@ FILES = [
     "uplink_per_round.png",
 ]
 SMALL = ["--workers", "5", "--rounds", "6", "--lr", "0.1"]
+FEW = ["--methods", "LBGM(), TopK(0.1)"]
 
 
 def compare(*arguments, cwd):
@@ -136,11 +137,11 @@ def test_same_seed_gives_the_same_csv_and_another_seed_another(finished, tmp_pat
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--model", "cnn", "--workers", "2", "--rounds", "2"],
-        ["--model", "linear", "--partition", "classes:3", "--participation", "0.4"],
-        ["--partition", "dirichlet:0.3", "--local-steps", "3", "--batch-size", "16"],
+        ["--model", "cnn", "--workers", "2", "--rounds", "2", *FEW],
+        ["--model", "linear", "--partition", "classes:3", "--participation", "0.4", *FEW],
+        ["--partition", "dirichlet:0.3", "--local-steps", "3", "--batch-size", "16", *FEW],
         ["--dataset", "mnist", "--workers", "4", "--rounds", "2", "--error-feedback"],
-        ["--model", "small-cnn", "--local-steps", "2", "--batch-size", "8", "--rounds", "2"],
+        ["--model", "small-cnn", "--local-steps", "2", "--batch-size", "8", *FEW],
         ["--server-momentum", "0", "--values", "int8", "--ratio", "0.02", "--rank", "1"],
     ],
     ids=" ".join,
@@ -149,7 +150,7 @@ def test_options_work_together(arguments, tmp_path):
     process = compare(*SMALL, "--rounds", "3", *arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     rows = rows_of(tmp_path / "compare-results")
-    assert len({row["method"] for row in rows}) == 9
+    assert len({row["method"] for row in rows}) == (2 if "--methods" in arguments else 9)
     assert all(float(row["loss"]) < 10 for row in rows)
 
 
@@ -383,16 +384,16 @@ def numbers_of(folder):
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
-    "engine",
-    ["ddp", pytest.param("horovod", marks=[pytest.mark.horovod, needs_horovod])],
-)
-@pytest.mark.parametrize(
-    "arguments",
+    ("engine", "arguments"),
     [
-        ["--partition", "dirichlet:0.5"],
-        ["--model", "cnn", "--local-steps", "2", "--batch-size", "16", "--rounds", "5"],
+        ("ddp", ["--model", "cnn", "--local-steps", "2", "--batch-size", "16", "--rounds", "5"]),
+        pytest.param(
+            "horovod",
+            ["--partition", "dirichlet:0.5"],
+            marks=[pytest.mark.horovod, needs_horovod],
+        ),
     ],
-    ids=["full batch", "local steps"],
+    ids=["ddp, local steps", "horovod, full batch"],
 )
 def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
     methods = "LBGM(), LBGM(TopK(0.1)), LBGM(SignSGD(scaled=True))"
@@ -422,12 +423,12 @@ def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
 def test_flowers_simulation_gives_what_one_process_gives(tmp_path):
     methods = ["--methods", "Identity(), LBGM(TopK(0.1), delta=0.5)"]
     sampled = ["--workers", "6", "--participation", "0.5", "--local-steps", "2"]
-    common = [*methods, *sampled, "--batch-size", "40", "--rounds", "8", "--lr", "0.1"]
+    common = [*methods, *sampled, "--batch-size", "40", "--rounds", "5", "--lr", "0.1"]
     for name in ("process", "flower"):
         done = compare(*common, "--engine", name, "--out", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     expected, found = numbers_of(tmp_path / "process"), numbers_of(tmp_path / "flower")
-    assert len(expected) == len(found) == 16
+    assert len(expected) == len(found) == 10
     for (method, number, accuracy, uplink), other in zip(expected, found, strict=True):
         assert other[:2] == (method, number)
         assert other[2] == pytest.approx(accuracy, abs=2 / 360)

@@ -148,7 +148,7 @@ def test_killed_late_and_restarted_ends_cost_one_full_update_each(deployment, tm
         "out": str(tmp_path),
         "compressor": "LBGM(delta=0.5)",
         "rounds": 4,
-        "timeout": 20.0,
+        "timeout": 25.0,
         "late": "1:0",
         "hang": "3:1",
     }
