@@ -46,6 +46,21 @@ def test_importing_the_package_imports_no_engine_and_no_benchmark_library():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("missing", ["flwr", "safetensors"])
+def test_without_flower_its_adapter_says_what_to_install(missing):
+    if missing == "safetensors":
+        pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "try:\n    import lbgm_compress.adapters.flower\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "pip install 'lbgm_compress[flower]'" in found.stdout
+
+
 @pytest.mark.timeout(240)
 def test_wheel_installed_elsewhere_round_trips(tmp_path):
     run = {"check": True, "timeout": 200, "capture_output": True, "text": True}
