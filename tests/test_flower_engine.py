@@ -146,7 +146,7 @@ def test_killed_late_and_restarted_ends_cost_one_full_update_each(deployment, tm
     """
     config = {
         "out": str(tmp_path),
-        "compressor": "LBGM(delta=0.5)",
+        "compressor": "LBGM(delta=0.95)",
         "rounds": 4,
         "timeout": 25.0,
         "late": "1:0",
@@ -172,7 +172,7 @@ def test_killed_late_and_restarted_ends_cost_one_full_update_each(deployment, tm
     partitions += resumed
     assert sorted(partitions[-1]) == [0, 1, 2]
     back = 1 + next(i for i, chosen in enumerate(partitions) if i > 2 and 1 in chosen)
-    compressor = LBGM(delta=0.5)
+    compressor = LBGM(delta=0.95)
     weights, shares = reference(compressor, partitions, full={(2, 0), (back, 1)})
     assert [line["recycled-share"] for line in lines] == pytest.approx(shares)
     assert shares[1] == pytest.approx(2 / 3)
