@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import torch
 from federated import Round, Training, Workers, evaluate, local_updates
+from flower_processes import OFFLINE
 from peers import PowerSGD
 from torch import Tensor, nn
 
@@ -38,12 +39,6 @@ __all__ = ["ENGINES", "EngineError", "check_engine", "running"]
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 KEY = b"lbgm_compress"
 STARTS_WITHIN = 120  # seconds
-# Flower and Ray report to nobody.
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 # Bytes sent so far, and of the last round's tensors those recycled, and all.

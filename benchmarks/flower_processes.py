@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Federation", "federation"]
+__all__ = ["OFFLINE", "Federation", "federation", "free_port"]
 
 ROOT = Path(__file__).parent.parent
+# Flower and Ray report to nobody, and install nothing.
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -27,6 +28,7 @@ OFFLINE = {
 
 
 def free_port() -> int:
+    """Return a port of the loopback that nobody listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from lbgm_compress.wire.values import as_bytes
 
-__all__ = ["pack_state", "unpack_state"]
+__all__ = ["pack_state", "unpack_state", "write_state"]
 
 TREE, CHECK = "tree", "check"
 
@@ -49,6 +52,20 @@ def unpack_state(data: bytes) -> Any:
         RuntimeError,
     ) as error:
         raise ValueError(f"these bytes are not a saved state: {error}") from None
+
+
+def write_state(path: Path, state: Any) -> None:
+    """Write a state to a file; whoever is killed meanwhile, or loses power, keeps the old one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(pack_state(state))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _check(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordD
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
+from lbgm_compress.adapters.flower.archive import pack_state, unpack_state, write_state
 from lbgm_compress.adapters.flower.held import layout_of
 from lbgm_compress.adapters.flower.update import (
     ADDED,
@@ -107,10 +106,10 @@ class CompressionMod:
 
     def _sender(self, request: Request, ctxt: Context, changes: Mapping[str, Tensor]) -> Sender:
         """Return the sender of this training as the last round left it, or a new one."""
-        fresh = self._fresh(request, ctxt)
+        sender = self._fresh(request, ctxt)
         data = self._kept(request, ctxt)
         if data is None:
-            return fresh
+            return sender
         try:
             state = unpack_state(data)
             for name, entry in state["tensors"].items():
@@ -120,11 +119,9 @@ class CompressionMod:
                     str(like.dtype),
                 ):
                     raise ValueError(f"the array {name!r} has another shape or dtype")
-            sender = self._fresh(request, ctxt)
             sender.load_state_dict(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("compression_mod: the kept state is not used: %s", error)
-            return fresh
         return sender
 
     def _fresh(self, request: Request, ctxt: Context) -> Sender:
@@ -146,22 +143,13 @@ class CompressionMod:
         return state if isinstance(state, bytes) else None
 
     def _keep(self, request: Request, ctxt: Context, sender: Sender) -> None:
-        data = pack_state(sender.state_dict())
-        if self.state_dir is None:
-            ctxt.state[KEY] = ConfigRecord({"training": request.training, "state": data})
+        state = sender.state_dict()
+        if self.state_dir is not None:
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+            write_state(self._file(request, ctxt), state)
             return
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        # A client that is killed while it writes keeps the old file.
-        handle, name = tempfile.mkstemp(dir=self.state_dir, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self._file(request, ctxt))
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        data = pack_state(state)
+        ctxt.state[KEY] = ConfigRecord({"training": request.training, "state": data})
 
     def _file(self, request: Request, ctxt: Context) -> Path:
         assert self.state_dir is not None

@@ -72,10 +72,8 @@ def averages_lists(strategy: Any, stage: str) -> bool:
     return True
 
 
-def check_weight(reply: Message, weight_key: str | None) -> str | None:
+def check_weight(reply: Message, weight_key: str) -> str | None:
     """Return what is wrong with a reply's weight, or None."""
-    if weight_key is None:
-        return None
     weight = _weight(reply, weight_key)
     if weight is None:
         return f"it has no {weight_key!r}, one number, in its MetricRecord"
@@ -83,9 +81,7 @@ def check_weight(reply: Message, weight_key: str | None) -> str | None:
     return None if 0 < weight <= LARGEST_WEIGHT else f"its {weight_key!r} is {weight}"
 
 
-def _weight(reply: Message, weight_key: str | None) -> int | float | None:
-    if weight_key is None:
-        return None
+def _weight(reply: Message, weight_key: str) -> int | float | None:
     for record in reply.content.metric_records.values():
         weight = record.get(weight_key)
         if isinstance(weight, (int, float)):

@@ -29,7 +29,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
+from lbgm_compress.adapters.flower.archive import unpack_state, write_state
 from lbgm_compress.adapters.flower.held import Held
 from lbgm_compress.adapters.flower.screening import (
     averages_lists,
@@ -336,13 +336,7 @@ class CompressedStrategy(Strategy):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file of safetensors; an older file is replaced as a whole."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            file.write(pack_state(self.state_dict()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_state(Path(path), self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Do `load_state_dict` with a file that `save` wrote.
