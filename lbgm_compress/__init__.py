@@ -17,6 +17,7 @@ from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
+from lbgm_compress.compressors.norm_budget import NormBudget
 from lbgm_compress.compressors.signsgd import SignSGD
 from lbgm_compress.compressors.topk import TopK
 from lbgm_compress.endpoints import Receiver, Sender
@@ -28,6 +29,7 @@ __all__ = [
     "Identity",
     "LBGM",
     "LookBackSubspace",
+    "NormBudget",
     "OutOfSyncError",
     "PayloadError",
     "Receiver",

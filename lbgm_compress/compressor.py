@@ -90,6 +90,11 @@ class Compressor(abc.ABC):
         return False
 
     @property
+    def carries_over(self) -> bool:
+        """Whether a payload may carry what earlier gradients lost."""
+        return False
+
+    @property
     def fixed_size(self) -> bool:
         """Whether all payloads for a tensor have one size, whatever it holds."""
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lbgm_compress.compressor import Compressor
@@ -11,6 +12,7 @@ from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
+from lbgm_compress.compressors.norm_budget import NormBudget
 from lbgm_compress.compressors.signsgd import SignSGD
 from lbgm_compress.compressors.topk import TopK
 
@@ -18,6 +20,8 @@ __all__ = ["parse_compressor", "parse_compressors"]
 
 COMPRESSORS = (Atomo, ErrorFeedback, Identity, LBGM, LookBackSubspace, SignSGD, TopK)
 CONSTRUCTORS = {compressor.__name__: compressor for compressor in COMPRESSORS}
+# What compressors take as an argument besides each other.
+ARGUMENTS = {NormBudget.__name__: NormBudget}
 LONGEST = 10_000
 
 
@@ -59,15 +63,15 @@ def parse_compressors(text: str) -> list[Compressor]:
         raise ValueError(f"cannot read {text!r} as compressors: {error}") from None
     if not isinstance(tree, ast.List) or not tree.elts:
         raise ValueError(f"cannot read {text!r} as a list of compressors")
-    return [_compressor(node) for node in tree.elts]
+    return [_built(node, CONSTRUCTORS) for node in tree.elts]
 
 
-def _compressor(node: ast.expr) -> Compressor:
+def _built(node: ast.expr, constructors: Mapping[str, Callable[..., Any]]) -> Any:
     known = ", ".join(CONSTRUCTORS)
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {known}")
-    if node.func.id not in CONSTRUCTORS:
+    if node.func.id not in constructors:
         raise ValueError(f"unknown compressor {node.func.id!r}; known are {known}")
     arguments = [_argument(argument) for argument in node.args]
     keywords: dict[str, Any] = {}
@@ -76,7 +80,7 @@ def _compressor(node: ast.expr) -> Compressor:
             raise ValueError(f"{ast.unparse(node)!r} unpacks arguments: write them out")
         keywords[keyword.arg] = _argument(keyword.value)
     try:
-        return CONSTRUCTORS[node.func.id](*arguments, **keywords)
+        return constructors[node.func.id](*arguments, **keywords)
     except (TypeError, ValueError) as error:
         message = str(error).replace("__init__()", "it")
         raise ValueError(f"{ast.unparse(node)}: {message}") from None
@@ -84,7 +88,7 @@ def _compressor(node: ast.expr) -> Compressor:
 
 def _argument(node: ast.expr) -> Any:
     if isinstance(node, (ast.Call, ast.Name)):
-        return _compressor(node)
+        return _built(node, {**CONSTRUCTORS, **ARGUMENTS})
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):

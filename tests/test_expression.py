@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, NormBudget, SignSGD, TopK
 from lbgm_compress.expression import parse_compressor, parse_compressors
 
 
@@ -16,6 +16,11 @@ from lbgm_compress.expression import parse_compressor, parse_compressors
         ("TopK(ratio=1e-2, values='int8')", TopK(0.01, "int8")),
         ("SignSGD(vote=True)", SignSGD(vote=True)),
         ("LBGM()", LBGM()),
+        ("LBGM(TopK(0.01), NormBudget(0.1))", LBGM(TopK(0.01), NormBudget(0.1))),
+        (
+            "LBGM(delta=NormBudget(1e-3, local_steps=8), compare='raw')",
+            LBGM(delta=NormBudget(0.001, 8), compare="raw"),
+        ),
         (" LBGM( ErrorFeedback(TopK(0.01)),\n delta=0.1 ) ", LBGM(ErrorFeedback(TopK(0.01)), 0.1)),
         ("ErrorFeedback(inner=LBGM(Atomo(rank=2)))", ErrorFeedback(LBGM(Atomo(2)))),
     ],
@@ -44,6 +49,8 @@ def test_list_keeps_its_order():
         ("TopK(0.1 + 0.1)", "neither a literal nor a compressor"),
         ("TopK(**{'ratio': 0.1})", "unpacks arguments"),
         ("LBGM(LBGM())", "looks back itself"),
+        ("NormBudget(0.1)", "unknown compressor 'NormBudget'"),
+        ("LBGM(delta=NormBudget(-1))", "budget must be at least 0 and finite, not -1"),
         ("LBGM(x)", "is not a compressor"),
         ("__import__('os').system('false')", "is not a compressor"),
         ("TopK(__import__('os').getpid())", "is not a compressor"),

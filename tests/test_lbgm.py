@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, OutOfSyncError, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    NormBudget,
+    OutOfSyncError,
+    SignSGD,
+    TopK,
+)
 from tests.gradients import training_run
 
 
@@ -171,3 +182,154 @@ def test_delta_outside_its_range_is_refused(delta):
 def test_lbgm_wraps_compressors_alone():
     with pytest.raises(ValueError, match="wraps a compressor"):
         LBGM(0.2)
+
+
+class BudgetOfTheTheorem(PaperAlgorithm1):
+    """The same with the condition of the paper's theorem 1."""
+
+    def __init__(self, budget, local_steps):
+        self.allowed = budget * local_steps
+        super().__init__(delta=None)
+
+    def round(self, g):
+        g = np.asarray(g, dtype=np.float64).reshape(-1)
+        if self.worker is not None:
+            rho = g @ self.worker / np.linalg.norm(self.worker) ** 2
+            if np.linalg.norm(g - rho * self.worker) <= self.allowed:
+                return True, rho * self.server
+        self.worker = self.server = g
+        return False, g
+
+
+@pytest.mark.parametrize("local_steps", [1, 5])
+@pytest.mark.parametrize("budget", [0.001, 0.01, 0.05])
+def test_norm_budget_recycles_while_what_is_missed_is_short(budget, local_steps):
+    compressor = LBGM(delta=NormBudget(budget, local_steps))
+    decisions = []
+    for name in ("hidden.weight", "output.bias"):
+        theorem, state = BudgetOfTheTheorem(budget, local_steps), {}
+        for grads in training_run(100):
+            recycled, expected = theorem.round(grads[name])
+            payload, decoded, state = compressor.compress(grads[name], state)
+            assert (payload.numel() == 5) == recycled
+            found = decoded.double().numpy().reshape(-1)
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+            decisions.append(recycled)
+    assert 0 < sum(decisions) < len(decisions)
+
+
+def test_norm_budget_becomes_looser_as_gradients_become_shorter():
+    budget = NormBudget(0.1)
+    assert budget.limit(1.0) == pytest.approx(0.01)
+    assert budget.limit(0.04) == pytest.approx(0.25)
+    assert budget.limit(0.0) == budget.limit(1e-300) == 1.0
+    assert NormBudget(0).limit(1.0) == NormBudget(0).limit(1e300) == 0.0
+    assert NormBudget(1e-300).limit(1e-600 + 4e-300) >= 0.0
+    assert NormBudget(0.1, local_steps=10).limit(4.0) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": -0.1}, "budget must be at least 0 and finite, not -0.1"),
+        ({"budget": float("inf")}, "budget must be at least 0 and finite"),
+        ({"budget": "0.1"}, "budget must be a number, not '0.1'"),
+        ({"budget": True}, "budget must be a number, not True"),
+        ({"budget": 0.1, "local_steps": 0}, "local_steps must be a whole number of at least 1"),
+        ({"budget": 0.1, "local_steps": 2.0}, "local_steps must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_budget_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NormBudget(**arguments)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Counted(TopK):
+    """Counts how often it runs."""
+
+    ratio: float = 0.1
+    runs: list = dataclasses.field(default_factory=list, compare=False)
+
+    def encode(self, grad, state):
+        self.runs.append(grad.numel())
+        return super().encode(grad, state)
+
+
+def test_raw_comparison_runs_the_inner_compressor_only_for_what_is_sent():
+    inner = Counted()
+    compressor = LBGM(inner, delta=0.2, compare="raw")
+    state, full = {}, 0
+    for grads in training_run(60):
+        payload, _, state = compressor.compress(grads["hidden.weight"], state)
+        full += payload.numel() > 5
+    assert len(inner.runs) == full
+    assert 0 < full < 30
+
+
+@pytest.mark.parametrize("inner", [TopK(0.05), SignSGD(), SignSGD(scaled=True), Atomo(2)], ids=repr)
+def test_raw_comparison_takes_the_angle_of_the_gradients_themselves(inner):
+    compressor = LBGM(inner, delta=0.1, compare="raw")
+    state, held, reference, sent = {}, {}, None, None
+    recycled = 0
+    for grads in training_run(60):
+        g = grads["hidden.weight"].double()
+        payload, decoded, state = compressor.compress(grads["hidden.weight"], state)
+        tensor, held = compressor.decompress(payload, held, decoded)
+        cosine = (
+            0 if reference is None else float((g * reference).sum() / g.norm() / reference.norm())
+        )
+        assert (payload.numel() == 5) == (1 - cosine**2 <= 0.1)
+        if payload.numel() == 5:
+            rho = float((g * reference).sum() / reference.norm() ** 2)
+            assert torch.allclose(tensor.double(), rho * sent, rtol=1e-5)
+            recycled += 1
+        else:
+            reference, sent = g, inner.compress(grads["hidden.weight"], {})[1].double()
+            assert torch.equal(tensor.double(), sent)
+    assert recycled > 20
+
+
+def test_raw_comparison_recycles_draws_that_the_compressed_one_cannot():
+    inner = Atomo(2, unbiased=True)
+    recycled = {}
+    for compare in ("compressed", "raw"):
+        compressor = LBGM(inner, delta=0.2, compare=compare)
+        state, recycled[compare] = compressor.initial_state(0), 0
+        for grads in training_run(60):
+            payload, _, state = compressor.compress(grads["hidden.weight"], state)
+            recycled[compare] += payload.numel() == 5
+    assert recycled["raw"] > 40
+    assert recycled["compressed"] < 10
+
+
+def test_raw_comparison_never_leaves_the_range_of_the_dtype():
+    compressor = LBGM(SignSGD(), delta=0.5, compare="raw")
+    tiny = torch.full((64,), 1e-6, dtype=torch.float16)
+    _, _, state = compressor.compress(tiny, {})
+    # rho would be 6e10, and signs times it infinite.
+    payload, decoded, _ = compressor.compress(torch.full_like(tiny, 6e4), state)
+    assert payload.numel() > 5
+    assert bool(decoded.isfinite().all())
+
+
+def test_raw_comparison_refuses_residuals_under_it():
+    for inner in (ErrorFeedback(TopK(0.1)), ErrorFeedback(Identity())):
+        with pytest.raises(ValueError, match=r"Put ErrorFeedback outside"):
+            LBGM(inner, compare="raw")
+    with pytest.raises(ValueError, match='compare must be "compressed" or "raw", not \'angle\''):
+        LBGM(compare="angle")
+
+
+def test_alone_raw_and_compressed_comparison_are_one():
+    for delta in (0.05, NormBudget(0.02)):
+        states = {"raw": {}, "compressed": {}}
+        for grads in training_run(60):
+            payloads = []
+            for compare in states:
+                compressor = LBGM(delta=delta, compare=compare)
+                payload, _, states[compare] = compressor.compress(
+                    grads["hidden.weight"], states[compare]
+                )
+                payloads.append(payload)
+            assert torch.equal(*payloads)

@@ -23,6 +23,7 @@ def test_public_names_are_pinned():
         "Identity",
         "LBGM",
         "LookBackSubspace",
+        "NormBudget",
         "OutOfSyncError",
         "PayloadError",
         "Receiver",

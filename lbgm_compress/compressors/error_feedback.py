@@ -52,6 +52,10 @@ class ErrorFeedback(Compressor):
     def looks_back(self) -> bool:
         return self.inner.looks_back
 
+    @property
+    def carries_over(self) -> bool:
+        return True
+
     def initial_state(self, seed: int) -> State:
         return {"inner": self.inner.initial_state(seed)}
 

@@ -22,6 +22,7 @@ from lbgm_compress.compressor import (
     raw,
 )
 from lbgm_compress.compressors.identity import Identity
+from lbgm_compress.compressors.norm_budget import NormBudget
 from lbgm_compress.decoded import Decoded, Dense
 from lbgm_compress.wire.message import Kind
 
@@ -56,7 +57,8 @@ class LBGM(Compressor):
     The head of a payload is its kind and rho (float32); it has no body if the tensor is recycled.
     Otherwise rho is 1 and the body is the inner payload without its kind.
 
-    A sender keeps one dense tensor per gradient, a receiver the inner payload.
+    A sender keeps one dense tensor per gradient, and with ``compare="raw"`` the inner payload, too;
+    a receiver keeps the inner payload.
 
     Parameters
     ----------
@@ -64,7 +66,16 @@ class LBGM(Compressor):
         What compresses a tensor that is sent in full. Its receiver must not keep state itself, so
         that another LBGM is refused.
     delta
-        Threshold of the look-back phase error, 0 to 1: 0 recycles only exact multiples.
+        Threshold of the look-back phase error, 0 to 1: 0 recycles only exact multiples. Or a
+        `NormBudget`, which bounds what recycling loses instead of the angle.
+    compare
+        Whose angle is taken. "compressed", as in the paper: that between C(g) and l, both as the
+        inner compressor C decodes them, so that `delta` bounds what recycling loses of C(g).
+        "raw": that between g and the gradient r whose C(r) is l, with rho = <g, r> / |r|^2. The
+        inner compressor then need not run for a tensor that is recycled: for one that is slow
+        (`Atomo`), that chooses anew what to keep of a gradient that has hardly turned (`TopK` of
+        few entries), or that draws (``Atomo(unbiased=True)``). What recycling loses beyond the
+        angle is what C loses.
 
     Raises
     ------
@@ -84,7 +95,8 @@ class LBGM(Compressor):
     kinds: ClassVar[frozenset[int]] = frozenset({RECYCLED, FULL})
 
     inner: Compressor = Identity()  # noqa: RUF009  frozen, and so safe to share
-    delta: float = 0.2
+    delta: float | NormBudget = 0.2
+    compare: str = "compressed"
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Compressor):
@@ -94,14 +106,27 @@ class LBGM(Compressor):
                 f"LBGM cannot wrap {self.inner!r}, which looks back itself: a receiver keeps look-"
                 "back gradients as inner payloads, and must decode them without any other state"
             )
-        if isinstance(self.delta, bool) or not isinstance(self.delta, (int, float)):
-            raise ValueError(f"delta must be a number, not {self.delta!r}")
-        if not 0 <= self.delta <= 1:
-            raise ValueError(f"delta must be from 0 to 1, not {self.delta}")
+        if not isinstance(self.delta, NormBudget):
+            if isinstance(self.delta, bool) or not isinstance(self.delta, (int, float)):
+                raise ValueError(f"delta must be a number or a NormBudget, not {self.delta!r}")
+            if not 0 <= self.delta <= 1:
+                raise ValueError(f"delta must be from 0 to 1, not {self.delta}")
+        if self.compare not in ("compressed", "raw"):
+            raise ValueError(f'compare must be "compressed" or "raw", not {self.compare!r}')
+        if self.compare == "raw" and self.inner.carries_over:
+            raise ValueError(
+                f'compare="raw" over {self.inner!r}, whose payloads carry what earlier gradients '
+                "lost: each recycled round would apply that again. Put ErrorFeedback outside: "
+                'ErrorFeedback(LBGM(C, compare="raw"))'
+            )
 
     @property
     def looks_back(self) -> bool:
         return True
+
+    @property
+    def carries_over(self) -> bool:
+        return self.inner.carries_over
 
     def initial_state(self, seed: int) -> State:
         return {"inner": self.inner.initial_state(seed)}
@@ -115,6 +140,8 @@ class LBGM(Compressor):
     def sender_state(self, own: State, held: State, like: Tensor) -> State:
         if "look_back" not in held:
             return own
+        if self.compare == "raw":
+            return {**own, "look_back": held["look_back"]}
         return {**own, "look_back": owned(self._look_back(held, like), held["look_back"])}
 
     def head_size(self, like: Tensor) -> int:
@@ -127,29 +154,68 @@ class LBGM(Compressor):
         return self.encode_batch([grad], [state])[0]
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        if self.compare == "raw":
+            return self._encode_raw(grads, states)
         inner = self.inner.encode_batch(grads, [state.get("inner", {}) for state in states])
+        return self.encode_over(inner, grads, states)
+
+    def encode_over(
+        self, inner: Sequence[Encoding], grads: Sequence[Tensor], states: Sequence[State]
+    ) -> list[Encoding]:
+        """Do `encode_batch` of ``compare="compressed"``, from what the inner compressor made."""
         angles = look_back([e.decoded for e in inner], states, self.delta)
         results = []
         for grad, state, encoding, angle in zip(grads, states, inner, angles, strict=True):
             if encoding.head[0] & Kind.RAW or not math.isfinite(angle.square_norm):
                 results.append(raw(self, grad, state))
             elif angle.recycled(self.delta):
-                head = struct.pack("<Bf", RECYCLED, angle.rho)
                 decoded = Dense(state["look_back"]).scaled(angle.rho)
                 state = {**state, "inner": encoding.state}
-                results.append(Encoding(head, None, decoded, state, angle.phase_error))
+                results.append(_recycled(angle, decoded, state))
             else:
-                dense = owned(encoding.decoded, grad)
                 state = {
-                    "look_back": dense,
+                    "look_back": owned(encoding.decoded, grad),
                     "square_norm": angle.square_norm,
                     "inner": encoding.state,
                 }
-                head = struct.pack("<Bf", FULL, 1.0)
-                body = _without_kind(encoding, grad.device)
-                error = angle.phase_error
-                results.append(Encoding(head, body, encoding.decoded, state, error))
+                results.append(_full(angle, encoding, grad, state))
         return results
+
+    def _encode_raw(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        """Take the angles first, and run the inner compressor only where they are too large."""
+        references = [
+            {"look_back": state["reference"], "square_norm": state["square_norm"]}
+            if "look_back" in state
+            else {}
+            for state in states
+        ]
+        angles = look_back([Dense(grad) for grad in grads], references, self.delta)
+        results: dict[int, Encoding] = {}
+        for i, (grad, state, angle) in enumerate(zip(grads, states, angles, strict=True)):
+            if not math.isfinite(angle.square_norm):
+                results[i] = raw(self, grad, state)
+            elif angle.recycled(self.delta) and _within_range(angle.rho, state["largest"], grad):
+                decoded = self._look_back(state, grad).scaled(angle.rho)
+                results[i] = _recycled(angle, decoded, state)
+        rest = [i for i in range(len(grads)) if i not in results]
+        inner = self.inner.encode_batch(
+            [grads[i] for i in rest], [states[i].get("inner", {}) for i in rest]
+        )
+        for i, encoding in zip(rest, inner, strict=True):
+            grad, angle = grads[i], angles[i]
+            if encoding.head[0] & Kind.RAW:
+                results[i] = raw(self, grad, states[i])
+                continue
+            payload = encoding.payload(grad.device)[1:]
+            state = {
+                "look_back": payload,
+                "largest": _magnitude(encoding.decoded.dense()),
+                "reference": grad.clone(memory_format=torch.contiguous_format),
+                "square_norm": angle.square_norm,
+                "inner": encoding.state,
+            }
+            results[i] = _full(angle, encoding, grad, state)
+        return [results[i] for i in range(len(grads))]
 
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
@@ -176,10 +242,26 @@ class LBGM(Compressor):
         return self.inner.read(head, payload[size:], {}, like)[0]
 
 
+def _recycled(angle: Angle, decoded: Decoded, state: State) -> Encoding:
+    head = struct.pack("<Bf", RECYCLED, angle.rho)
+    return Encoding(head, None, decoded, state, angle.phase_error)
+
+
+def _full(angle: Angle, inner: Encoding, grad: Tensor, state: State) -> Encoding:
+    head = struct.pack("<Bf", FULL, 1.0)
+    body = _without_kind(inner, grad.device)
+    return Encoding(head, body, inner.decoded, state, angle.phase_error)
+
+
 def _without_kind(encoding: Encoding, device: torch.device) -> Callable[[], Tensor] | None:
     if len(encoding.head) == 1:
         return encoding.body
     return lambda: encoding.payload(device)[1:]
+
+
+def _limit(delta: float | NormBudget, square_norm: float) -> float:
+    """Return the largest phase error at which a gradient with this |g|^2 is recycled."""
+    return delta.limit(square_norm) if isinstance(delta, NormBudget) else delta
 
 
 class Angle(NamedTuple):
@@ -192,14 +274,16 @@ class Angle(NamedTuple):
     rho: float
     """<g, l> / |l|^2, rounded to float32; nan if it may not be used."""
 
-    def recycled(self, delta: float) -> bool:
+    def recycled(self, delta: float | NormBudget) -> bool:
         """Whether to send rho alone."""
         if self.phase_error is None or math.isnan(self.rho):
             return False
-        return self.phase_error <= delta
+        return self.phase_error <= _limit(delta, self.square_norm)
 
 
-def look_back(grads: Sequence[Decoded], states: Sequence[State], delta: float) -> list[Angle]:
+def look_back(
+    grads: Sequence[Decoded], states: Sequence[State], delta: float | NormBudget
+) -> list[Angle]:
     """Take the angles between gradients and look-back gradients, with one synchronisation.
 
     `states` are LBGM's; where one has no look-back gradient, only the norm is taken.
@@ -218,7 +302,7 @@ def look_back(grads: Sequence[Decoded], states: Sequence[State], delta: float) -
     ]
 
 
-def _angle(grad: Decoded, state: State, delta: float, gg: float, gl: float) -> Angle:
+def _angle(grad: Decoded, state: State, delta: float | NormBudget, gg: float, gl: float) -> Angle:
     look_back = state.get("look_back")
     ll = state.get("square_norm", gg)
     if all(SQUARES[0] < square < SQUARES[1] for square in (gg, ll)):
@@ -226,7 +310,7 @@ def _angle(grad: Decoded, state: State, delta: float, gg: float, gl: float) -> A
             return Angle(gg, None, math.nan)
         rho = gl / ll
         phase_error = 1.0 - (gl / gg) * rho
-        if abs(phase_error - delta) > MARGIN:
+        if abs(phase_error - _limit(delta, gg)) > MARGIN:
             rho = _usable(rho, abs(gl) / math.sqrt(ll), look_back)
             return Angle(gg, max(phase_error, 0.0), rho)
     return _precise_angle(grad.dense(), look_back)
@@ -282,8 +366,14 @@ def _usable(rho: float, projection: float, look_back: Tensor) -> float:
     if rho != 0 and not limits.tiny <= abs(rho) <= limits.max:
         return math.nan
     rounded: float = struct.unpack("<f", struct.pack("<f", rho))[0]
-    limit = torch.finfo(look_back.dtype).max
     # The bound is coarse in float16: only beyond it the largest element decides.
-    if projection * 1.001 > limit and abs(rho) * 1.001 * _magnitude(look_back) > limit:
+    if not _within_range(1.0, projection, look_back) and not _within_range(
+        rho, _magnitude(look_back), look_back
+    ):
         return math.nan
     return rounded
+
+
+def _within_range(rho: float, largest: float, like: Tensor) -> bool:
+    """Whether rho times an element of this magnitude stays within the range of the dtype."""
+    return abs(rho) * largest * 1.001 <= torch.finfo(like.dtype).max
