@@ -226,6 +226,12 @@ def build_parser() -> Parser:
         metavar="N",
         help="evaluations at the end whose mean is the final accuracy (default: 1)",
     )
+    add(
+        "--open-loop",
+        action="store_true",
+        help="train without compression, and only weigh the messages that each method would send "
+        "on the way (default: off)",
+    )
     add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add("--device", default="cpu", help="cpu or cuda, where training runs (default: cpu)")
     add(
@@ -310,6 +316,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
         raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
     check_engine(options.engine, options.participation, options.device)
+    if options.open_loop and options.engine != "process":
+        raise ValueError(f"--open-loop is for --engine process, and --engine is {options.engine}")
     # All data sets here have ten classes, so that this need not wait for them.
     check_scheme(options.partition, classes=10)
     folder = Path(options.out)
@@ -340,6 +348,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
         seed=options.seed,
         device=device,
         evaluate_every=options.evaluate_every,
+        open_loop=options.open_loop,
     )
     return methods, training, folder
 
@@ -449,7 +458,8 @@ def about(
         f"{options.partition}, {steps} of {batch} images, learning rate {options.lr:g}, "
         f"server momentum {options.server_momentum:g}, seed {options.seed}"
         + ("" if options.images is None else f", {options.images} images a worker")
-        + ("" if options.engine == "process" else f", through {options.engine}"),
+        + ("" if options.engine == "process" else f", through {options.engine}")
+        + (", open loop: the accuracy is that of training without compression" * options.open_loop),
         "command": shlex.join(["python", "benchmarks/compare.py", *arguments]),
         "arguments": arguments_of(options),
         "seed": options.seed,

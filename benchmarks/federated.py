@@ -45,6 +45,8 @@ class Training:
     device: torch.device
     evaluate_every: int = 1
     """Rounds from one evaluation to the next; those between have the last one's accuracy."""
+    open_loop: bool = False
+    """Whether the server steps with the updates themselves, whatever the messages make of them."""
 
     def evaluated(self, number: int) -> bool:
         """Whether the model is evaluated after this round."""
@@ -145,16 +147,22 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         sampled = sorted(order[: training.sampled()].tolist())
         total = sum(workers.sizes[worker] for worker in sampled)
         mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        decoded = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         uplink = recycled = tensors = 0
         updates = update(weights, sampled)
         for i, worker in enumerate(sampled):
             message = senders[worker].compress({name: g[i] for name, g in updates.items()})
-            receiver.accumulate(worker, message, mean, workers.sizes[worker] / total)
+            share = workers.sizes[worker] / total
+            receiver.accumulate(worker, message, decoded if training.open_loop else mean, share)
+            if training.open_loop:
+                for name, g in updates.items():
+                    mean[name].add_(g[i], alpha=share)
             uplink += message.numel()
             report = senders[worker].report().values()
             recycled += sum(tensor.recycled for tensor in report)
             tensors += len(report)
-        for name, step in receiver.finish(mean).items():
+        steps = mean if training.open_loop else receiver.finish(mean)
+        for name, step in steps.items():
             velocity[name].mul_(training.server_momentum).add_(step)
             weights[name] = weights[name] - training.lr * velocity[name]
         if training.evaluated(number):

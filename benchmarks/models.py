@@ -1,4 +1,4 @@
-"""The models: a linear layer, a hidden layer, two convolutional networks and a transformer."""
+"""The models: a linear layer, a hidden layer, convolutional and residual ones, a transformer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 __all__ = ["IMAGE_MODELS", "build", "parameters"]
 
-IMAGE_MODELS = ("linear", "fcn", "small-cnn", "cnn")
+IMAGE_MODELS = ("linear", "fcn", "small-cnn", "cnn", "resnet18")
 
 
 class Block(nn.Module):
@@ -51,6 +51,53 @@ class Transformer(nn.Module):
         return logits
 
 
+def norm(width: int) -> nn.GroupNorm:
+    """Return a normalisation whose statistics are those of one image.
+
+    Those of a batch, as ResNet has them, do not average over workers (arXiv 1910.00189).
+    """
+    return nn.GroupNorm(32, width)
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around which the input is carried (arXiv 1512.03385, figure 2)."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.norm1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = norm(width)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != width:
+            carried = nn.Conv2d(inputs, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(carried, norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.relu(self.norm1(self.conv1(x)))
+        return nn.functional.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (arXiv 1512.03385) for small images: 3x3 at the start, and no pooling there."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        self.norm1 = norm(64)
+        self.layer1 = nn.Sequential(Residual(64, 64, 1), Residual(64, 64, 1))
+        self.layer2 = nn.Sequential(Residual(64, 128, 2), Residual(128, 128, 1))
+        self.layer3 = nn.Sequential(Residual(128, 256, 2), Residual(256, 256, 1))
+        self.layer4 = nn.Sequential(Residual(256, 512, 2), Residual(512, 512, 1))
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = nn.functional.relu(self.norm1(self.conv1(images)))
+        hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
+        logits: Tensor = self.fc(hidden.mean((2, 3)))
+        return logits
+
+
 def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """Build a model for images of shape (1, H, W), initialised by torch's defaults from `seed`.
 
@@ -63,6 +110,8 @@ def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Modu
             return Transformer(*image, classes)
         channels, height, width = image
         inputs = channels * height * width
+        if name == "resnet18":
+            return ResNet18(channels, classes)
         if name == "linear":
             return nn.Sequential(nn.Flatten(), nn.Linear(inputs, classes))
         if name == "fcn":

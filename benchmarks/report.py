@@ -21,14 +21,18 @@ from federated import Round
 from lbgm_compress import LBGM, Compressor, ErrorFeedback
 
 __all__ = [
+    "COLUMNS",
     "FILES",
     "MethodResult",
     "cells",
     "headings",
     "human_bytes",
+    "styles",
     "summarise",
+    "tick",
     "write_files",
     "write_rounds",
+    "write_whole",
 ]
 
 FILES = (
@@ -170,7 +174,7 @@ def write_rounds(folder: Path, results: Sequence[MethodResult]) -> None:
             recycled, seconds = f"{round_.recycled_share:.6f}", f"{round_.seconds:.4f}"
             sizes = (round_.uplink_bytes, total)
             writer.writerow((result.name, round_.number, accuracy, loss, *sizes, recycled, seconds))
-    _write(folder / "rounds.csv", text.getvalue().encode())
+    write_whole(folder / "rounds.csv", text.getvalue().encode())
 
 
 def write_files(
@@ -182,14 +186,14 @@ def write_files(
     """Write all of `FILES`; `about` is what summary.json says beside the methods."""
     write_rounds(folder, results)
     summary = json.dumps({**about, "methods": list(rows)}, indent=2) + "\n"
-    _write(folder / "summary.json", summary.encode())
+    write_whole(folder / "summary.json", summary.encode())
     pictures = _draw([result for result in results if result.rounds], about)
     for name, data in pictures.items():
-        _write(folder / name, data)
-    _write(folder / "report.html", _page(rows, about, pictures).encode())
+        write_whole(folder / name, data)
+    write_whole(folder / "report.html", _page(rows, about, pictures).encode())
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -210,7 +214,7 @@ def _without_lbgm(compressor: Compressor) -> str:
     return repr(compressor)
 
 
-def _styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
+def styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     """Give each sparsifier a colour; solid is without LBGM, broken lines are with it."""
     from matplotlib import colormaps
 
@@ -237,7 +241,8 @@ def _styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     return styles
 
 
-def _tick(number: float, _: object) -> str:
+def tick(number: float, _: object) -> str:
+    """Write a number of bytes at an axis."""
     value, unit = human_bytes(number).split()
     return f"{float(value):g} {unit}"
 
@@ -250,11 +255,11 @@ def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, b
     from matplotlib.axes import Axes
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-    styles = _styles(results)
-    size = FuncFormatter(_tick)
+    looks = styles(results)
+    size = FuncFormatter(tick)
 
     def accuracy_vs_round(axes: Axes) -> None:
-        for result, style in zip(results, styles, strict=True):
+        for result, style in zip(results, looks, strict=True):
             axes.plot(
                 range(1, len(result.rounds) + 1), [r.accuracy for r in result.rounds], **style
             )
@@ -263,7 +268,7 @@ def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, b
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
     def accuracy_vs_uplink(axes: Axes) -> None:
-        for result, style in zip(results, styles, strict=True):
+        for result, style in zip(results, looks, strict=True):
             axes.plot(result.uplink_totals(), [r.accuracy for r in result.rounds], **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(size)
@@ -272,7 +277,7 @@ def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, b
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
     def uplink_per_round(axes: Axes) -> None:
-        for result, style in zip(results, styles, strict=True):
+        for result, style in zip(results, looks, strict=True):
             bytes_ = [r.uplink_bytes for r in result.rounds]
             axes.plot(range(1, len(bytes_) + 1), bytes_, **style)
         axes.set_yscale("log")

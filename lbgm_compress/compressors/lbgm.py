@@ -29,6 +29,7 @@ from lbgm_compress.wire.message import Kind
 __all__ = ["LBGM"]
 
 RECYCLED = Kind.USES
+RAW = int(Kind.RAW)
 FULL = Kind.SETS | Kind.BODY
 # Inner products in float32 are good to about 1e-5. A phase error this close to the threshold is
 # computed again in float64, so that decisions are those of exact arithmetic.
@@ -166,7 +167,7 @@ class LBGM(Compressor):
         angles = look_back([e.decoded for e in inner], states, self.delta)
         results = []
         for grad, state, encoding, angle in zip(grads, states, inner, angles, strict=True):
-            if encoding.head[0] & Kind.RAW or not math.isfinite(angle.square_norm):
+            if encoding.head[0] & RAW or not math.isfinite(angle.square_norm):
                 results.append(raw(self, grad, state))
             elif angle.recycled(self.delta):
                 decoded = Dense(state["look_back"]).scaled(angle.rho)
@@ -203,7 +204,7 @@ class LBGM(Compressor):
         )
         for i, encoding in zip(rest, inner, strict=True):
             grad, angle = grads[i], angles[i]
-            if encoding.head[0] & Kind.RAW:
+            if encoding.head[0] & RAW:
                 results[i] = raw(self, grad, states[i])
                 continue
             payload = encoding.payload(grad.device)[1:]

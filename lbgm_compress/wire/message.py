@@ -119,6 +119,11 @@ class Message:
             for head, body in zip(self.heads, self.bodies, strict=True)
         ]
 
+    def numel(self) -> int:
+        """Return how many bytes the whole message takes."""
+        identifier = 8 if any(head[0] & Kind.SETS for head in self.heads) else 0
+        return HEADER_SIZE + identifier + sum(self.sizes())
+
     def pack(self, device: torch.device) -> Tensor:
         """Return the message as one flat uint8 tensor on `device`."""
         present = [body for body in self.bodies if body is not None]

@@ -1,0 +1,384 @@
+"""Count the directions that the gradients of a training span, epoch by epoch.
+
+One model is trained on all images by mini-batch SGD with momentum. The gradient of an epoch is the
+sum of the gradients of its steps, as in arXiv 2202.00280, section 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from command_line import Parser, check_folder
+from compare import number_in, positive
+from datasets import IMAGES, Dataset, DatasetMissing, load
+from models import IMAGE_MODELS, build
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import lbgm_compress
+from lbgm_compress.analysis import GradientSpace
+
+INTERRUPTED = 130
+# Images that are evaluated at a time: a residual network's activations are large.
+EVALUATED = 500
+
+
+class Epoch(NamedTuple):
+    """What an epoch ended with, on the test images."""
+
+    accuracy: float
+    loss: float
+    """Mean cross-entropy."""
+
+
+class Diverged(Exception):
+    """A gradient has inf or nan; the message names the epoch."""
+
+
+def limited(dataset: Dataset, images: int | None, test_images: int | None, seed: int) -> Dataset:
+    """Return a data set with at most so many images, drawn by `seed`; all of them for None."""
+    generator = torch.Generator().manual_seed(seed)
+    train = torch.randperm(len(dataset.train_labels), generator=generator)[:images]
+    test = torch.randperm(len(dataset.test_labels), generator=generator)[:test_images]
+    return Dataset(
+        dataset.name,
+        dataset.train_images[train],
+        dataset.train_labels[train],
+        dataset.test_images[test],
+        dataset.test_labels[test],
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the share of labels that the model gets right, and the mean cross-entropy."""
+    right = loss = 0.0
+    for part, truth in zip(images.split(EVALUATED), labels.split(EVALUATED), strict=True):
+        logits = model(part)
+        loss += nn.functional.cross_entropy(logits, truth, reduction="sum").item()
+        right += (logits.argmax(1) == truth).sum().item()
+    return right / len(labels), loss / len(labels)
+
+
+def train(
+    options: argparse.Namespace, dataset: Dataset
+) -> Iterator[tuple[dict[str, Tensor], Epoch]]:
+    """Train, and yield every epoch as it ends, with the sum of its steps' gradients.
+
+    Raises
+    ------
+    Diverged
+        If that sum is not finite.
+    """
+    device = torch.device(options.device)
+    image = tuple(dataset.train_images.shape[1:])
+    model = build(options.model, image, dataset.classes, options.seed).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
+    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+    test = dataset.test_images.to(device), dataset.test_labels.to(device)
+    generator = torch.Generator().manual_seed(options.seed)
+    for number in range(1, options.epochs + 1):
+        total = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+        order = torch.randperm(len(labels), generator=generator).to(device)
+        for batch in order.split(options.batch_size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            for name, weight in model.named_parameters():
+                total[name] += weight.grad
+            optimizer.step()
+        if not all(gradient.isfinite().all() for gradient in total.values()):
+            raise Diverged(f"the gradient of epoch {number} is not finite: take a smaller --lr")
+        yield total, Epoch(*evaluate(model, *test))
+
+
+# --- the results ---------------------------------------------------------------------------------
+
+
+def rows_of(space: GradientSpace) -> list[dict[str, Any]]:
+    """Return for the whole gradient, and for each layer, how many directions it spans."""
+    return [
+        {
+            "layer": "whole" if layer is None else layer,
+            "n95": space.components(0.95, layer),
+            "n99": space.components(0.99, layer),
+            "rank": space.rank(layer=layer),
+        }
+        for layer in (None, *space.layers)
+    ]
+
+
+def history_table(space: GradientSpace, epochs: list[Epoch]) -> Table:
+    """Lay out ten epochs, or all of fewer."""
+    table = Table()
+    for head in ("epochs", "accuracy", "N95", "N99"):
+        table.add_column(head, justify="right")
+    histories = space.history(0.95), space.history(0.99)
+    count = len(space)
+    shown = sorted({math.ceil(count * i / 10) for i in range(1, 11)})
+    for t in shown:
+        counts = [str(history[t - 1]) for history in histories]
+        table.add_row(str(t), f"{epochs[t - 1].accuracy:.2%}", *counts)
+    return table
+
+
+def sizes_of(options: argparse.Namespace, dataset: Dataset) -> dict[str, int]:
+    """Return how many entries each tensor of the model has."""
+    image = tuple(dataset.train_images.shape[1:])
+    model = build(options.model, image, dataset.classes, options.seed)
+    return {name: weight.numel() for name, weight in model.named_parameters()}
+
+
+def layers_table(rows: list[dict[str, Any]], sizes: dict[str, int], epochs: int) -> Table:
+    """Lay out the whole gradient and the layers."""
+    table = Table(title=f"Of {epochs} gradients")
+    table.add_column("layer", no_wrap=True)
+    for head in ("entries", "N95", "N99", "rank"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        entries = sizes.get(row["layer"], sum(sizes.values()))
+        counts = [str(row[name]) for name in ("n95", "n99", "rank")]
+        table.add_row(row["layer"], f"{entries:,}", *counts)
+    return table
+
+
+def title_of(options: argparse.Namespace, dataset: Dataset) -> str:
+    """Return what was trained."""
+    projected = "" if options.projection is None else f", projected on {options.projection}"
+    return (
+        f"{options.dataset}, {options.model}, {len(dataset.train_labels):,} images, batches of "
+        f"{options.batch_size}, learning rate {options.lr:g}, momentum {options.momentum:g}, "
+        f"seed {options.seed}{projected}"
+    )
+
+
+def summary(
+    options: argparse.Namespace, arguments: list[str], space: GradientSpace, epochs: list[Epoch]
+) -> dict[str, Any]:
+    """Return what was run, with what, and what came of it."""
+    return {
+        "command": shlex.join(["python", "benchmarks/gradient_space.py", *arguments]),
+        "arguments": {
+            name.replace("_", "-"): str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if value is not None
+        },
+        "interrupted": len(epochs) < options.epochs,
+        "versions": {
+            "lbgm_compress": lbgm_compress.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "threads": torch.get_num_threads(),
+        },
+        "epochs": len(epochs),
+        "accuracy": epochs[-1].accuracy,
+        "loss": epochs[-1].loss,
+        "layers": rows_of(space),
+    }
+
+
+def write(
+    folder: Path,
+    options: argparse.Namespace,
+    arguments: list[str],
+    space: GradientSpace,
+    epochs: list[Epoch],
+    title: str,
+) -> None:
+    """Write all files."""
+    accuracies = [epoch.accuracy for epoch in epochs]
+    space.write_csv(folder, {"accuracy": accuracies, "loss": [epoch.loss for epoch in epochs]})
+    space.plot(folder, accuracies, title)
+    text = json.dumps(summary(options, arguments, space, epochs), indent=2) + "\n"
+    temporary = folder / ".summary.json"
+    temporary.write_text(text)
+    temporary.replace(folder / "summary.json")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """Build the command line."""
+    parser = Parser("gradient_space.py", __doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--dataset", choices=IMAGES, default="digits", help="images (default: digits)")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of Fashion-MNIST's IDX files, plain or .gz (default: where Debian's package "
+        "dataset-fashion-mnist puts them)",
+    )
+    add(
+        "--model",
+        choices=IMAGE_MODELS,
+        default="fcn",
+        help="network (default: fcn, 128 hidden units)",
+    )
+    add("--epochs", type=positive, default=50, metavar="T", help="epochs (default: 50)")
+    add(
+        "--batch-size",
+        type=positive,
+        default=128,
+        metavar="B",
+        help="images in a step (default: 128)",
+    )
+    add(
+        "--lr",
+        type=number_in(0, math.inf, open_low=True),
+        default=0.01,
+        help="learning rate (default: 0.01)",
+    )
+    add(
+        "--momentum",
+        type=number_in(0, 1),
+        default=0.9,
+        metavar="MU",
+        help="momentum, 0 to 1 (default: 0.9)",
+    )
+    add("--images", type=positive, metavar="N", help="training images, at most (default: all)")
+    add("--test-images", type=positive, metavar="N", help="test images, at most (default: all)")
+    add(
+        "--per-layer",
+        action="store_true",
+        help="look at each tensor of the model, too (default: at the whole gradient)",
+    )
+    add(
+        "--projection",
+        type=positive,
+        metavar="D",
+        help="keep D numbers of each gradient, of each layer's with --per-layer, in memory "
+        "(default: all of them, in a file in the folder of --out until the end)",
+    )
+    add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    add("--device", default="cpu", help="cpu or cuda, where training runs (default: cpu)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("gradient-space-results"),
+        metavar="DIR",
+        help="folder for the results (default: gradient-space-results)",
+    )
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> Dataset:
+    """Check everything that can be wrong before training starts.
+
+    Raises
+    ------
+    ValueError
+        Whose message is one line.
+    """
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {options.device!r} is neither cpu nor cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: there is no CUDA device, use --device cpu")
+    if not 0 <= options.seed < 2**31:
+        raise ValueError(f"--seed {options.seed} is not from 0 to 2147483647")
+    if options.data_dir is not None and options.dataset != "fashion-mnist":
+        raise ValueError(f"--data-dir is for fashion-mnist, and --dataset is {options.dataset}")
+    if options.data_dir is not None and not Path(options.data_dir).is_dir():
+        raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("the pictures need matplotlib: pip install matplotlib") from None
+    check_folder(options.out)
+    try:
+        dataset = load(options.dataset, options.data_dir, options.seed)
+    except DatasetMissing as error:
+        raise ValueError(str(error)) from None
+    return limited(dataset, options.images, options.test_images, options.seed)
+
+
+@contextlib.contextmanager
+def space_of(options: argparse.Namespace) -> Iterator[GradientSpace]:
+    """Give what takes the gradients; a file of them is there until the end."""
+    if options.projection is not None:
+        yield GradientSpace(
+            per_layer=options.per_layer, projection=options.projection, seed=options.seed
+        )
+        return
+    with tempfile.TemporaryDirectory(dir=options.out, prefix=".gradients.") as folder:
+        yield GradientSpace(per_layer=options.per_layer, file=Path(folder) / "gradients.f32")
+
+
+def collect(
+    options: argparse.Namespace, dataset: Dataset, space: GradientSpace, console: Console
+) -> tuple[list[Epoch], BaseException | None]:
+    """Train, fill the space, and return the epochs, and what cut them short."""
+    epochs: list[Epoch] = []
+    progress = Progress(
+        TextColumn("epoch {task.completed}/{task.total}"),
+        BarColumn(bar_width=24),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    try:
+        with progress:
+            task = progress.add_task("", total=options.epochs, accuracy="-")
+            for gradient, epoch in train(options, dataset):
+                epochs.append(epoch)
+                space.add(gradient)
+                progress.update(task, advance=1, accuracy=f"{epoch.accuracy:.2%}")
+                if not console.is_terminal:
+                    console.print(f"epoch {len(epochs)}/{options.epochs}: {epoch.accuracy:.2%}")
+    except (KeyboardInterrupt, Diverged, OSError) as error:
+        return epochs[: len(space)], error
+    return epochs, None
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        dataset = prepare(options)
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with space_of(options) as space:
+        epochs, stopped = collect(options, dataset, space, console)
+        if epochs:
+            title = title_of(options, dataset)
+            write(options.out, options, arguments, space, epochs, title)
+            console.print(title, history_table(space, epochs), sep="\n")
+            console.print(layers_table(rows_of(space), sizes_of(options, dataset), len(epochs)))
+            console.print(f"Results are in {options.out}.", soft_wrap=True)
+    if stopped is None:
+        return 0
+    kept = f"the files hold {len(epochs)} epochs" if epochs else "no epoch was finished"
+    if isinstance(stopped, KeyboardInterrupt):
+        console.print(f"Interrupted: {kept}.")
+        return INTERRUPTED
+    print(f"{parser.prog}: error: {stopped}; {kept}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

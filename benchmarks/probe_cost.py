@@ -1,0 +1,147 @@
+"""Measure what a LookBackProbe costs beside a step of training on the CPU.
+
+Steps with and without a probe take turns, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from command_line import Parser, check_file, listed
+from models import build
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from lbgm_compress import TopK
+from lbgm_compress.probe import LookBackProbe
+
+# What is watched, and how.
+CASES: dict[str, dict[str, Any]] = {
+    "thresholds": {"ranks": (), "averaged": ()},
+    "thresholds and averages": {"ranks": ()},
+    "all": {},
+    "all, over TopK(0.1)": {"inner": TopK(0.1)},
+}
+# Steps of one case in a row: the probe's own share of the time is that of its training alone.
+TURN = 20
+
+
+class Row(NamedTuple):
+    """What one case came to."""
+
+    model: str
+    batch: int
+    case: str
+    step_ms: float
+    """A step without a probe."""
+    probed_ms: float
+    """A step with it."""
+    overhead: float
+    """Mean over turns of what it adds, as a share."""
+
+
+def steps(model: str, batch: int, arguments: dict[str, Any] | None) -> Callable[[], float]:
+    """Return a function that trains for a turn, and says how many seconds a step took."""
+    network = build(model, (1, 28, 28), 10, 0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1024, 1, 28, 28, generator=generator)
+    labels = torch.randint(10, (1024,), generator=generator)
+
+    def turn() -> float:
+        # A probe of its own, whose clock runs in this turn alone.
+        probe = None if arguments is None else LookBackProbe(network, **arguments)
+        start = time.perf_counter()
+        for _ in range(TURN):
+            chosen = torch.randint(1024, (batch,), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+        seconds = time.perf_counter() - start
+        if probe is not None:
+            probe.close()
+        return seconds / TURN
+
+    return turn
+
+
+def measure(models: list[str], batches: list[int], turns: int, console: Console) -> Iterator[Row]:
+    """Measure every case."""
+    for model in models:
+        for batch in batches:
+            bare = steps(model, batch, None)
+            probed = {case: steps(model, batch, given) for case, given in CASES.items()}
+            bare()
+            times: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
+            for _ in track(
+                range(turns),
+                f"{model}, batches of {batch}",
+                console=console,
+                disable=not console.is_terminal,
+            ):
+                for case, turn in probed.items():
+                    times[case].append((bare(), turn()))
+            for case, pairs in times.items():
+                yield Row(
+                    model,
+                    batch,
+                    case,
+                    1e3 * statistics.median(pair[0] for pair in pairs),
+                    1e3 * statistics.median(pair[1] for pair in pairs),
+                    statistics.median(pair[1] / pair[0] for pair in pairs) - 1,
+                )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = Parser("probe_cost.py", __doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--models", type=listed(str), default=["cnn"], help="as compare.py's (default: cnn)")
+    add("--batches", type=listed(int), default=[128], help="images a step (default: 128)")
+    add("--turns", type=int, default=15, help="turns of 20 steps for each case (default: 15)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("probe-cost.csv"),
+        metavar="FILE",
+        help="CSV to write (default: probe-cost.csv)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.turns < 1 or options.threads < 1 or min(options.batches) < 1:
+            raise ValueError("--turns, --threads and --batches are at least 1")
+        for model in options.models:
+            build(model, (1, 28, 28), 10, 0)
+        check_file(options.out)
+    except (KeyError, ValueError) as error:
+        unknown = f"--models: there is no model {error}" if isinstance(error, KeyError) else error
+        parser.error(str(unknown))
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    rows = list(measure(options.models, options.batches, options.turns, console))
+    with options.out.open("w", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    table = Table(title=f"A LookBackProbe beside training, {options.threads} threads")
+    for heading in ("model", "batch", "watched", "a step, ms", "with the probe", "adds"):
+        table.add_column(heading, justify="left" if heading in ("model", "watched") else "right")
+    for row in rows:
+        numbers = (f"{row.step_ms:.1f}", f"{row.probed_ms:.1f}", f"{row.overhead:.1%}")
+        table.add_row(row.model, str(row.batch), row.case, *numbers)
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,529 @@
+"""The probe: what it says against what senders do, and that it leaves training alone."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load
+from federated import Training, Workers
+from partition import partition, subsets
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    NormBudget,
+    Receiver,
+    Sender,
+    SignSGD,
+    TopK,
+)
+from lbgm_compress.probe import DELTAS, LookBackProbe
+from tests.gradients import training_run
+from tests.laws import assert_same_bits
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+
+
+def network(seed=0, dtype=torch.float32):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(dtype)
+
+
+def parameters_like(run):
+    return [(name, torch.zeros_like(grad).requires_grad_()) for name, grad in run[0].items()]
+
+
+def played(run, **arguments):
+    probe = LookBackProbe(parameters_like(run), cost=None, **arguments)
+    for grads in run:
+        probe.observe(grads)
+    return probe.report()
+
+
+def sent(run, compressor):
+    """Return bytes, and for each tensor shares and mean squared relative errors, of a sender."""
+    sender, receiver = Sender(compressor), Receiver(compressor, run[0])
+    total, recycled, errors = 0, dict.fromkeys(run[0], 0), dict.fromkeys([*run[0], None], 0.0)
+    for grads in run:
+        message = sender.compress(grads)
+        decoded = receiver.decompress(0, message)
+        total += message.numel()
+        lost = norm = 0.0
+        for name, grad in grads.items():
+            recycled[name] += sender.report()[name].recycled
+            missed = float((grad.double() - decoded[name].double()).square().sum())
+            square = float(grad.double().square().sum())
+            errors[name] += missed / square / len(run)
+            lost, norm = lost + missed, norm + square
+        errors[None] += lost / norm / len(run)
+    shares = {name: count / len(run) for name, count in recycled.items()}
+    return total, {**shares, None: sum(shares.values()) / len(shares)}, errors
+
+
+def assert_rows_are_those_of_a_sender(rows, run, compressor):
+    total, shares, errors = sent(run, compressor)
+    assert {row.tensor for row in rows} == set(shares)
+    for row in rows:
+        assert row.method == repr(compressor)
+        assert row.rounds == len(run)
+        assert row.recycled_share == pytest.approx(shares[row.tensor], abs=1e-12)
+        assert row.relative_error == pytest.approx(errors[row.tensor] ** 0.5, abs=2e-3)
+        if row.tensor is None:
+            assert row.bytes_per_step * row.steps * len(run) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [None, 32], ids=["full batch", "batches of 32"])
+@pytest.mark.parametrize(
+    "inner",
+    [Identity(), TopK(0.1), SignSGD(scaled=True), Atomo(2), ErrorFeedback(TopK(0.05))],
+    ids=repr,
+)
+def test_every_threshold_is_played_as_a_sender_would_play_it(inner, batch):
+    run = training_run(60, batch)
+    report = played(run, inner=inner)
+    for delta in DELTAS:
+        compressor = LBGM(inner, delta)
+        rows = [r for r in report.rows if r.method == repr(compressor) and r.steps == 1]
+        assert_rows_are_those_of_a_sender(rows, run, compressor)
+    dense = Sender(Identity()).compress(run[0]).numel()
+    assert report.dense_bytes == dense
+    assert all(row.of_dense == row.bytes_per_step / dense for row in report.all_tensors())
+
+
+def test_averages_are_played_as_a_sender_would_play_them():
+    run = training_run(67, 32)
+    report = played(run)
+    for steps in (2, 4, 8, 16):
+        rows = [row for row in report.rows if row.steps == steps]
+        sums = [
+            {n: sum(grads[n] for grads in run[start : start + steps]) for n in run[0]}
+            for start in range(0, len(run) - steps + 1, steps)
+        ]
+        assert_rows_are_those_of_a_sender(rows, sums, LBGM())
+
+
+def test_subspaces_are_played_as_a_sender_would_play_them():
+    run = training_run(40, 32)
+    report = played(run, ranks=(1, 4, 16))
+    for rank in (1, 4, 16):
+        compressor = LookBackSubspace(rank)
+        rows = [row for row in report.rows if row.method == repr(compressor)]
+        assert_rows_are_those_of_a_sender(rows, run, compressor)
+
+
+def test_training_has_the_same_bits_with_and_without():
+    weights = []
+    for watched in (False, True):
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        probe = LookBackProbe(model, cost=None) if watched else None
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(16, 64, generator=generator)).logsumexp(1).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+        weights.append(dict(model.named_parameters()))
+    assert probe.report().rounds == 20
+    assert_same_bits(*({n: p.detach() for n, p in w.items()} for w in weights))
+
+
+def watched(monkeypatch, model, train, **arguments):
+    """Return the gradients that a probe takes while `train` runs."""
+    seen = []
+    original = LookBackProbe._round
+
+    def spy(self, grads):
+        seen.append({name: grad.clone() for name, grad in grads.items()})
+        original(self, grads)
+
+    monkeypatch.setattr(LookBackProbe, "_round", spy)
+    probe = LookBackProbe(model, **arguments)
+    train()
+    return probe, seen
+
+
+def test_gradients_of_several_backward_passes_are_one_round(monkeypatch):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    expected = []
+
+    def train():
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in x.split(4):
+                (model(part).square().mean() / 2).backward()
+            expected.append({n: p.grad.clone() for n, p in model.named_parameters()})
+            # What is sent is what backward made, not what clipping leaves of it.
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+
+    _, seen = watched(monkeypatch, model, train)
+    for found, grads in zip(seen, expected, strict=True):
+        assert_same_bits(dict(sorted(found.items())), dict(sorted(grads.items())))
+
+
+def test_parameters_without_a_gradient_and_other_optimizers_are_left_out(monkeypatch):
+    model, other = network(), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    others = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def train():
+        for step in range(4):
+            optimizer.zero_grad()
+            part = model if step % 2 else model[2]
+            part(torch.ones(2, 64 if step % 2 else 32)).square().mean().backward()
+            other(torch.ones(3)).sum().backward()
+            others.step()
+            optimizer.step()
+
+    probe, seen = watched(monkeypatch, model, train)
+    assert [len(grads) for grads in seen] == [2, 4, 2, 4]
+    rows = {r.tensor: r for r in probe.report().rows if r.method == "LBGM()" and r.steps == 1}
+    assert [rows[name].rounds for name in ("0.weight", "2.weight")] == [2, 4]
+
+
+def test_gradients_with_inf_are_counted_and_left_out():
+    run = [dict(grads) for grads in training_run(10)]
+    run[4]["hidden.bias"] = torch.full((32,), float("nan"))
+    run[7]["output.bias"] = torch.full((10,), float("inf"))
+    report = played(run)
+    assert (report.rounds, report.skipped) == (10, 2)
+    finite = [grads for i, grads in enumerate(run) if i not in (4, 7)]
+    rows = [row for row in report.rows if row.method == "LBGM()" and row.steps == 1]
+    assert_rows_are_those_of_a_sender(rows, finite, LBGM())
+    assert "2 with inf or nan left out" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions_are_watched(dtype):
+    run = [{n: g.to(dtype) for n, g in grads.items()} for grads in training_run(20)]
+    report = played(run)
+    row = next(row for row in report.all_tensors() if row.method == "LBGM()")
+    assert row.bytes_per_step * 20 == pytest.approx(sent(run, LBGM())[0])
+
+
+# --- against the comparison ---------------------------------------------------------------------
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("batch", [None, 16], ids=["full batch", "batches of 16"])
+def test_prediction_is_what_the_comparison_measures_in_open_loop(batch, tmp_path):
+    rounds, inners, deltas = 60, (Identity(), TopK(0.1)), (0.05, 0.2)
+    methods = [LBGM(inner, delta) for inner in inners for delta in deltas]
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), "--open-loop"]
+    command += ["--workers", "1", "--images", "300", "--rounds", str(rounds), "--lr", "0.05"]
+    command += ["--batch-size", str(batch or "full"), "--evaluate-every", str(rounds)]
+    command += ["--methods", ", ".join(map(repr, methods)), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=150)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    measured = {row["method"]: row for row in summary["methods"]}
+
+    dataset = load("digits", None, 0)
+    parts = subsets(partition(dataset.train_labels, 1, "iid", 0), 300, 0)
+    training = Training(
+        *(dataset, parts, "fcn", rounds, 1, batch, 1.0, 0.05, 0.9, 0, torch.device("cpu"))
+    )
+    # A plain training loop, and a line for each probe.
+    model, workers = training.initial_model(), Workers(training)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    probes = [LookBackProbe(model, deltas=deltas, inner=inner) for inner in inners]
+    for _ in range(rounds):
+        images, labels, _ = workers.next_batch([0])
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[0]), labels[0]).backward()
+        optimizer.step()
+
+    rows = [row for p in probes for row in p.report().all_tensors() if row.steps == 1]
+    for method in methods:
+        row = next(row for row in rows if row.method == repr(method))
+        found = measured[repr(method)]
+        assert row.bytes_per_step * rounds == pytest.approx(found["uplink_bytes"], rel=0.05)
+        assert row.recycled_share == pytest.approx(found["recycled_share"], rel=0.05, abs=0.01)
+    if batch is None:
+        assert measured["LBGM()"]["recycled_share"] > 0.3
+
+
+# --- ranks, clients, files ----------------------------------------------------------------------
+
+
+def watch_on_a_rank(rank):
+    model = network()
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    probe = LookBackProbe(model, ranks=())
+    run = []
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(15):
+        x = torch.randn(8, 64, generator=generator)
+        alone = network()
+        alone.load_state_dict(model.state_dict())
+        loss = alone(x).square().mean()
+        grads = torch.autograd.grad(loss, list(alone.parameters()))
+        run.append(dict(zip(dict(alone.named_parameters()), grads, strict=True)))
+        optimizer.zero_grad()
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+    rows = [r for r in probe.report().all_tensors() if (r.method, r.steps) == ("LBGM()", 1)]
+    return rows[0].bytes_per_step * 15, sent(run, LBGM())[0]
+
+
+def test_rank_of_ddp_is_told_of_its_own_gradients():
+    totals = run_ranks(watch_on_a_rank, 2)
+    for predicted, measured in totals:
+        assert predicted == pytest.approx(measured, rel=0.01)
+
+
+def test_client_that_is_made_anew_each_round_goes_on_from_its_file(tmp_path):
+    run = training_run(20)
+    weights = {name: torch.zeros_like(grad) for name, grad in run[0].items()}
+    for grads in run:
+        # As in a client of Flower: a new model, that of the server, in each round.
+        model = [(name, w.clone().requires_grad_()) for name, w in weights.items()]
+        with LookBackProbe(model, updates=True, file=tmp_path / "client.pt", cost=None) as probe:
+            for name, parameter in model:
+                parameter.data.sub_(grads[name])
+    assert probe.report().rounds == 20
+    rows = [r for r in probe.report().rows if (r.method, r.steps) == ("LBGM()", 1)]
+    assert_rows_are_those_of_a_sender(rows, run, LBGM())
+    assert os.listdir(tmp_path) == ["client.pt"]
+
+
+def test_error_in_a_client_counts_nothing():
+    model = network()
+    probe = LookBackProbe(model, updates=True)
+
+    def fail():
+        with probe:
+            model[0].weight.data.add_(1)
+            raise RuntimeError("out of data")
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        fail()
+    assert probe.report().rounds == 0
+
+
+def test_file_of_another_probe_is_refused(tmp_path):
+    run = training_run(5)
+    with LookBackProbe(parameters_like(run), updates=True, file=tmp_path / "a.pt"):
+        pass
+    with pytest.raises(ValueError, match="use the same arguments, or another file"):
+        LookBackProbe(parameters_like(run), (0.3,), updates=True, file=tmp_path / "a.pt")
+    probe = LookBackProbe(parameters_like(run))
+    probe.observe(run[0])
+    other = LookBackProbe(network())
+    with pytest.raises(ValueError, match=r"a model with a parameter 'hidden\.bias'"):
+        other.load_state_dict(probe.state_dict())
+    with pytest.raises(ValueError, match="not the state of a LookBackProbe"):
+        other.load_state_dict({"format": 0})
+    assert other.report().rounds == 0
+
+
+def test_closed_or_forgotten_probe_sees_nothing_more():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+
+    probe = LookBackProbe(model)
+    step()
+    probe.close()
+    step()
+    assert probe.report().rounds == 1
+    forgotten = LookBackProbe(model)
+    step()
+    del forgotten
+    gc.collect()
+    assert not model[0].weight._post_accumulate_grad_hooks
+    step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"deltas": ()}, "deltas is empty"),
+        ({"deltas": (1.5,)}, "delta must be from 0 to 1, not 1.5"),
+        ({"deltas": (NormBudget(0.1),)}, "a NormBudget is not played"),
+        ({"inner": LBGM()}, "looks back itself"),
+        ({"averaged": (2, 3)}, r"averaged must be 2, 4, 8 and so on, not \(2, 3\)"),
+        ({"ranks": (0,)}, "rank must be a whole number of at least 1"),
+        ({"cost": 0}, "cost must be above 0, or None, not 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LookBackProbe(network(), **arguments)
+
+
+def test_wrong_gradients_are_refused_and_counted_nowhere():
+    probe = LookBackProbe(network())
+    with pytest.raises(ValueError, match="watches no parameter 'weight'"):
+        probe.observe({"weight": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"'0.bias' has shape \(3,\), expected \(32,\)"):
+        probe.observe({"0.bias": torch.ones(3)})
+    with pytest.raises(TypeError, match=r"'0\.bias' must be one of"):
+        probe.observe({"0.bias": torch.ones(32, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="there are no gradients"):
+        probe.observe({})
+    frozen = network().requires_grad_(False)
+    with pytest.raises(ValueError, match="none requires a gradient"):
+        LookBackProbe(frozen)
+    assert probe.report().rounds == 0
+
+
+# --- advice, report -----------------------------------------------------------------------------
+
+
+def noisy(rounds, noise, seed=0, shape=(64, 48)):
+    """A gradient that keeps its direction, in noise of so many times its length."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(shape, generator=generator)
+    return [
+        {"weight": direction + noise * torch.randn(shape, generator=generator)}
+        for _ in range(rounds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        (0.2, r"LBGM\(\) would recycle 9\d% of the tensors and save 9\d% of the bytes"),
+        (0.8, r"At this batch size 0% .* averaging gradients over 8 steps .* would make it"),
+        (30.0, r"At this batch size 0% .* ErrorFeedback\(LookBackSubspace\(.*\)\) would send"),
+    ],
+)
+def test_advice_fits_the_noise(noise, expected):
+    report = played(noisy(128, noise))
+    assert report.advice == str(report).splitlines()[-1]
+    assert re.search(expected, report.advice), report.advice
+
+
+def test_advice_where_nothing_helps_says_so():
+    generator = torch.Generator().manual_seed(0)
+    run = [{"bias": torch.randn(500, generator=generator).half()} for _ in range(40)]
+    assert "looking back saves little here" in played(run).advice
+    assert "it takes two to compare" in played(run[:1]).advice
+
+
+def test_report_names_every_method_and_tensor_and_its_cost(tmp_path):
+    report = played(training_run(20))
+    text = str(report)
+    for method in ("LBGM(delta=0.05)", "LBGM(), 8 steps averaged", "LookBackSubspace(rank=16)"):
+        assert method in text
+    for name in training_run(20)[0]:
+        assert f"\n{name} " in text
+    assert "watching took" in text
+    assert 0 < report.share_of_time <= 1
+    report.write_csv(tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report.rows)
+    assert float(rows[0]["bytes_per_step"]) == report.rows[0].bytes_per_step
+
+
+# --- the command --------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+
+import torch
+
+print("arguments", sys.argv[1:], __name__)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(20, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+x = torch.randn(64, 20)
+for step in range(int(sys.argv[1])):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+if "fail" in sys.argv:
+    raise ValueError("lost")
+"""
+
+
+def command(*arguments, launcher=(), cwd=None):
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "lbgm_compress.probe", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+
+
+def test_unmodified_script_is_watched_and_the_report_comes_at_its_end(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = command("--csv", "rows.csv", "train.py", "12", "--inner", "x", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("arguments ['12', '--inner', 'x'] __main__\n")
+    # The optimizer is met at its first step.
+    assert "LookBackProbe: 11 gradients" in done.stdout
+    assert "\n0.weight " in done.stdout
+    assert done.stderr == ""
+    assert (tmp_path / "rows.csv").read_text().startswith("method,steps,tensor")
+
+
+def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = command("--inner", "TopK(0.1)", "train.py", "5", "fail", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "LBGM(TopK(0.1), delta=0.05)" in done.stdout
+    assert "ValueError: lost" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.py"], "there is no script missing.py"),
+        (["--inner", "TopK(2)", "train.py"], "ratio must be above 0 and at most 1, not 2"),
+        (["--deltas", "0.1,2", "train.py"], "delta must be from 0 to 1, not 2.0"),
+        (["--deltas", "much", "train.py"], "invalid"),
+    ],
+)
+def test_wrong_command_is_told_before_the_script_runs(arguments, message, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('ran')")
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "ran" not in done.stderr
+
+
+def test_script_without_an_optimizer_says_so(tmp_path):
+    (tmp_path / "train.py").write_text("print('hello')")
+    done = command("train.py", cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        "hello",
+        "LookBackProbe: no optimizer of torch's has stepped, and so nothing was seen.",
+    ]
+
+
+@pytest.mark.timeout(150)
+def test_the_ddp_example_is_watched_on_its_first_rank():
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = command(ROOT / "examples" / "ddp_train.py", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("LookBackProbe: 199 gradients") == 1
+    assert "accuracy" in done.stdout
+    assert "LBGM() would recycle" in done.stdout
