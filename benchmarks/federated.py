@@ -25,6 +25,8 @@ __all__ = ["Round", "Training", "Workers", "evaluate", "local_updates", "run"]
 CHUNK = 32_000_000
 # Floats of activations for each number of the input, where there are many.
 ACTIVATIONS = {"small-cnn": 20, "transformer": 5000}
+# Convolutions with a kernel a worker run one by one inside vmap, and slower.
+ONE_BY_ONE = ("cnn", "resnet18")
 Parameters = dict[str, Tensor]
 
 
@@ -195,8 +197,7 @@ def local_updates(
     def step(weights: Parameters, batch: tuple[Tensor, Tensor, Tensor], shared: bool) -> Parameters:
         images, labels, shares = batch
         count = len(images)
-        if training.model == "cnn":
-            # Convolutions with a kernel a worker run one by one inside vmap, and slower.
+        if training.model in ONE_BY_ONE:
             each = [
                 gradient(
                     weights if shared else {name: w[i] for name, w in weights.items()},
@@ -235,8 +236,10 @@ def evaluate(
     model: nn.Module, weights: Parameters, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
     """Return the share of labels that the model gets right, and the mean cross-entropy."""
+    # Activations of a large model take much memory.
+    together = 5000 if sum(weight.numel() for weight in weights.values()) < 5_000_000 else 250
     right = loss = 0.0
-    for part, truth in zip(images.split(5000), labels.split(5000), strict=True):
+    for part, truth in zip(images.split(together), labels.split(together), strict=True):
         logits = _classes_second(functional_call(model, weights, (part,)))
         loss += nn.functional.cross_entropy(logits, truth, reduction="sum").item()
         right += (logits.argmax(1) == truth).sum().item()

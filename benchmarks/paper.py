@@ -77,7 +77,12 @@ class Setting:
         return f"{self.dataset}, {self.model}{rate}\n{self.workers} workers, {split}{sampled}"
 
     def arguments(self, device: str, quick: bool) -> list[str]:
-        """Return the command line of compare.py, without methods and folder."""
+        """Return the command line of compare.py, without methods and folder.
+
+        On the CPU the cnn has fewer images: a full round of it takes ten seconds on two cores.
+        """
+        if self.engine != "process":
+            device = "cpu"
         values: dict[str, Any] = {
             "dataset": self.dataset,
             "model": self.model,
@@ -90,10 +95,9 @@ class Setting:
             values["participation"] = self.participation
         if self.engine != "process":
             values["engine"] = self.engine
-        elif device != "cpu":
+        if device != "cpu":
             values["device"] = device
         if self.model != "linear" and device == "cpu":
-            # A full round of the cnn takes ten seconds on two cores.
             values["images"] = 2000 // self.workers
             values["test-images"] = 2000
             values["evaluate-every"] = 4
@@ -132,7 +136,7 @@ FIGURES: dict[str, dict[str, list[Column]]] = {
         "linear": _columns((*MNIST, *FASHION), (DENSE, LOOK_BACK)),
         "cnn": _columns((*MNIST_CNN, *FASHION_CNN), (DENSE, LOOK_BACK)),
         "cnn-slow": _columns(
-            _settings("fashion-mnist", "cnn", lr=0.01, rounds=120), (DENSE, LOOK_BACK)
+            _settings("fashion-mnist", "cnn", lr=0.01, rounds=100), (DENSE, LOOK_BACK)
         ),
     },
     "threshold": {
@@ -260,6 +264,15 @@ def keep(found: Path, folder: Path) -> None:
     )
 
 
+def place(folder: Path, setting: Setting, device: str) -> Path:
+    """Return where a setting's runs are kept; those of the full size are others."""
+    return folder / f"{setting.name}{_suffix(device)}"
+
+
+def _suffix(device: str) -> str:
+    return "" if device == "cpu" else "-full"
+
+
 def results_of(folder: Path, methods: Iterable[Compressor]) -> list[MethodResult]:
     """Read the rounds of these methods, as far as they are kept."""
     rows: dict[str, list[Round]] = {}
@@ -361,11 +374,11 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
 HEADINGS = ("setting", "method", "final accuracy", "best", "uplink", "of dense", "recycled")
 
 
-def rows_of(folder: Path, columns: Sequence[Column]) -> list[dict[str, str]]:
+def rows_of(folder: Path, columns: Sequence[Column], device: str) -> list[dict[str, str]]:
     """Return what each method of each setting came to."""
     rows = []
     for setting, methods in columns:
-        kept = {row["method"]: row for row in _summary(folder / setting.name)["methods"]}
+        kept = {row["method"]: row for row in _summary(place(folder, setting, device))["methods"]}
         for method in map(repr, methods):
             if method in kept:
                 row = kept[method]
@@ -450,7 +463,8 @@ def run(options: Any, columns: Sequence[Column], folder: Path) -> int:
     for setting, methods in columns:
         if options.only not in setting.name:
             continue
-        kept = {row["method"] for row in _summary(folder / setting.name)["methods"]}
+        where = place(folder, setting, options.device)
+        kept = {row["method"] for row in _summary(where)["methods"]}
         missing = [method for method in methods if repr(method) not in kept]
         if not missing:
             continue
@@ -463,7 +477,7 @@ def run(options: Any, columns: Sequence[Column], folder: Path) -> int:
                 )
             status = compare.main([*arguments, "--out", found])
             if status in (0, compare.INTERRUPTED):
-                keep(Path(found), folder / setting.name)
+                keep(Path(found), where)
             if status:
                 return status
     return 0
@@ -486,14 +500,17 @@ def main(arguments: list[str]) -> int:
     status = run(options, columns, folder)
     console = Console(width=None if sys.stdout.isatty() else 140)
     for page, drawn in pages.items():
-        results = [(s.title, results_of(folder / s.name, methods)) for s, methods in drawn]
+        results = [
+            (setting.title, results_of(place(folder, setting, options.device), methods))
+            for setting, methods in drawn
+        ]
         if any(found for _, found in results):
-            picture = folder / f"{options.figure}-{page}.png"
+            picture = folder / f"{options.figure}-{page}{_suffix(options.device)}.png"
             title = f"{options.figure}, {page}: server momentum 0.9, seed {options.seed}"
             draw(picture, results, title)
             console.print(f"Drawn: {picture}", soft_wrap=True)
-    rows = rows_of(folder, columns)
-    write_rows(folder / f"{options.figure}.csv", rows)
+    rows = rows_of(folder, columns, options.device)
+    write_rows(folder / f"{options.figure}{_suffix(options.device)}.csv", rows)
     console.print(table_of(rows, options.figure))
     return status
 

@@ -48,6 +48,9 @@ AVERAGED = (2, 4, 8, 16)
 FORMAT = 1
 # Kinds of payload that look back and set nothing new.
 RECYCLED = frozenset(int(kind) for kind in (Kind.USES, Kind.USES | Kind.BODY))
+# Of so many full payloads of a tensor one is made, unless all are wanted: coding takes time.
+SIZED_EVERY = 8
+_NOTHING = torch.zeros(1, dtype=torch.uint8)
 # Shares of the bytes above which a saving is worth a line of advice.
 WORTH = 0.3
 
@@ -163,10 +166,10 @@ class LookBackProbe:
     what it would send. Parameters that get no gradient in a step are left out of that round.
 
     It costs a few passes over the gradients, one more for each look-back gradient that differs
-    between thresholds, and what `inner` takes. Subspaces cost more, and are played on some steps
-    alone (`cost`), as if those were all: where gradients change slowly, that makes subspaces look
-    worse than they are. Memory: one model, another for each threshold at most, and two for each of
-    `averaged`.
+    between thresholds, and what `inner` takes. Averages and subspaces cost more, and are played on
+    some of the steps alone (`cost`), as if those were all: where gradients change slowly, that
+    makes them look worse than they are. Memory: one model, another for each threshold at most, and
+    two for each of `averaged`.
 
     Parameters
     ----------
@@ -183,8 +186,10 @@ class LookBackProbe:
         How many steps' gradients to average before they are sent: powers of two, ascending from 2;
         empty for none. They are played at the threshold nearest to 0.2.
     cost
-        Share of the time that may go into playing subspaces, which happens whenever they have taken
-        less. None plays them on every step, whatever it costs.
+        Share of the time that may go into watching. Thresholds are played on every step, whatever
+        they take; averages and subspaces have the rest, half each, and a tenth of the whole at
+        least. None plays all on every step, and makes every payload; else one of eight is made, and
+        its size is that of the next seven.
     updates
         Take one update a ``with`` block in the place of gradients: what the parameters have moved
         by in it, as a federated client sends it. The model then needs no optimizer of torch's.
@@ -219,7 +224,7 @@ class LookBackProbe:
         *,
         ranks: Sequence[int] = RANKS,
         averaged: Sequence[int] = AVERAGED,
-        cost: float | None = 0.05,
+        cost: float | None = 0.1,
         updates: bool = False,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -239,15 +244,18 @@ class LookBackProbe:
             raise ValueError("deltas are numbers from 0 to 1; a NormBudget is not played")
         self._nearest = min(range(len(deltas)), key=lambda i: abs(deltas[i] - 0.2))
         compressors = [LBGM(inner, delta) for delta in deltas]
-        self._play = _LookBackPlay(compressors)
+        exact = cost is None
+        self._play = _LookBackPlay(compressors, exact=exact)
         one = [compressors[self._nearest]]
-        self._averages = [_LookBackPlay(one, steps) for steps in averaged]
+        self._averages = [_LookBackPlay(one, steps, exact) for steps in averaged]
         self._subspaces = _SubspacePlay([LookBackSubspace(rank) for rank in ranks])
         self._sums: list[dict[str, Tensor] | None] = [None for _ in averaged]
         self._cost, self._updates = cost, updates
         self._file = None if file is None else Path(file)
         self._seen = self._skipped = 0
-        self._earlier = self._seconds = self._playing = 0.0
+        self._earlier = self._seconds = 0.0
+        self._extra = {"averages": 0.0, "subspaces": 0.0}
+        self._last = dict(self._extra)
         self._began = time.perf_counter()
         self._buffers: dict[str, Tensor] = {}
         self._fresh: dict[str, None] = {}
@@ -375,10 +383,26 @@ class LookBackProbe:
                 return
         self._play.round(grads, seen)
         self._average(grads)
+        if self._affordable("subspaces"):
+            with self._spent("subspaces"):
+                self._subspaces.round(grads, seen)
+
+    def _affordable(self, what: str) -> bool:
+        """Whether more of this may be played: half of what the thresholds leave of the cost."""
+        if self._cost is None:
+            return True
+        most = self._cost * (time.perf_counter() - self._began)
+        others = sum(self._extra.values())
+        left = max(most - (self._seconds - others), most / 10)
+        # As much again as the last time, which is nothing the first time.
+        return self._extra[what] + self._last[what] <= left / 2
+
+    @contextlib.contextmanager
+    def _spent(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
-        if self._cost is None or self._playing <= self._cost * (start - self._began):
-            self._subspaces.round(grads, seen)
-            self._playing += time.perf_counter() - start
+        yield
+        self._last[what] = time.perf_counter() - start
+        self._extra[what] += self._last[what]
 
     def _average(self, grads: dict[str, Tensor]) -> None:
         """Add up pairs, pairs of pairs and so on, and play each sum that is complete."""
@@ -392,7 +416,9 @@ class LookBackProbe:
                 held[name] += grad
             self._sums[level] = None
             grads, own = held, True
-            play.round(grads, [_Seen(grad) for grad in grads.values()])
+            if self._affordable("averages"):
+                with self._spent("averages"):
+                    play.round(grads, [_Seen(grad) for grad in grads.values()])
 
     # --- what was seen ---------------------------------------------------------------------------
 
@@ -427,7 +453,11 @@ class LookBackProbe:
         whole = [row for row in rows if row.tensor is None]
         count = len(self._play.compressors)
         plain, whole = whole[:count], whole[count:]
-        averages = [row for row in whole if row.steps > 1 and row.rounds > 1]
+        averages = [
+            (play, next(row for row in whole if row.steps == play.steps))
+            for play in self._averages
+            if play.rounds > 1
+        ]
         subspaces = [row for row in whole if row.method.startswith("LookBackSubspace")]
         here, saved = plain[self._nearest], self._play.saved(self._nearest)
         if saved >= WORTH:
@@ -437,7 +467,7 @@ class LookBackProbe:
                 "it, and compare accuracies."
             )
         said = f"At this batch size {here.recycled_share:.0%} of the tensors recycle"
-        for row, play in zip(averages, self._averages, strict=False):
+        for play, row in averages:
             if play.saved(0) >= max(WORTH, 2 * saved):
                 return (
                     f"{said}; averaging gradients over {row.steps} steps before sending would "
@@ -445,7 +475,7 @@ class LookBackProbe:
                     f"of a message, of which there are {row.steps} times fewer."
                 )
         if averages:
-            last = averages[-1]
+            last = averages[-1][1]
             said += f", and {last.recycled_share:.0%} averaged over {last.steps} steps"
         useful = [row for row in subspaces if row.rounds > 1 and row.of_dense < 0.5]
         if not useful:
@@ -681,6 +711,27 @@ class _LookBackPlay(_Play):
 
     compressors: list[LBGM]  # type: ignore[assignment]
 
+    def __init__(self, compressors: Sequence[LBGM], steps: int = 1, exact: bool = False) -> None:
+        super().__init__(compressors, steps)
+        self._exact = exact
+        self._sizes: dict[str, tuple[int, Tensor]] = {}
+
+    def _sized(self, name: str, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return a body of the size of this one, or of one of the last few of the tensor.
+
+        Where sizes differ at all, as those of coded indices do, they change slowly.
+        """
+
+        @functools.cache
+        def stand_in() -> Tensor:
+            age, last = self._sizes.get(name, (SIZED_EVERY, _NOTHING))
+            if self._exact or age == SIZED_EVERY:
+                age, last = 0, _NOTHING.expand(body().numel())
+            self._sizes[name] = age + 1, last
+            return last
+
+        return stand_in
+
     def round(self, grads: Mapping[str, Tensor], seen: Sequence[_Seen]) -> None:
         """Play one round; the gradients may change afterwards."""
         self.rounds += 1
@@ -691,7 +742,7 @@ class _LookBackPlay(_Play):
             state = before.get(name, {}).get("inner") or inner.initial_state(0)
             encoding = inner.encode(grad, state)
             lossless = isinstance(encoding.decoded, Dense) and encoding.decoded.tensor is grad
-            body = None if encoding.body is None else functools.cache(encoding.body)
+            body = None if encoding.body is None else self._sized(name, encoding.body)
             decoded = gradient if lossless else _Once(encoding.decoded)
             made.append(encoding._replace(body=body, decoded=decoded))
         for which, compressor in enumerate(self.compressors):
