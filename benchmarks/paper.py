@@ -42,6 +42,8 @@ from lbgm_compress import (
 DENSE, LOOK_BACK = Identity(), LBGM()
 TOP, ATOMO, SIGNS = TopK(0.1), Atomo(2), SignSGD(scaled=True)
 SUBSPACE = ErrorFeedback(LookBackSubspace(values="int4"))
+# Rounds whose mean is drawn in the row of uplink.
+SMOOTHED = 4
 DELTAS = (0.01, 0.05, 0.1, 0.2, 0.5, 0.9)
 
 
@@ -300,6 +302,30 @@ def results_of(folder: Path, methods: Iterable[Compressor]) -> list[MethodResult
 # --- pictures and tables ------------------------------------------------------------------------
 
 
+def _looks(results: Sequence[MethodResult]) -> dict[str, dict[str, Any]]:
+    """Give each method a line; thresholds of one LBGM, which are many, the shades of a scale."""
+    from matplotlib import colormaps
+
+    looks = dict(zip((r.name for r in results), styles(results), strict=True))
+    scales: dict[tuple[str, bool], list[str]] = {}
+    for result in results:
+        method = result.compressor
+        if isinstance(method, LBGM):
+            kind = repr(method.inner), isinstance(method.delta, NormBudget)
+            scales.setdefault(kind, []).append(result.name)
+    if max(map(len, scales.values()), default=0) < 3:
+        return looks
+    for (_, budget), names in scales.items():
+        shades = colormaps["autumn" if budget else "viridis"]
+        for i, name in enumerate(names):
+            colour = shades(0.9 * i / max(1, len(names) - 1))
+            looks[name].update(color=colour, linestyle=":" if budget else "--")
+    for result in results:
+        if not result.compressor.looks_back:
+            looks[result.name].update(color="black")
+    return looks
+
+
 def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: str) -> None:
     """Draw one page: a column a setting; accuracy by round, uplink by round, accuracy by uplink."""
     import matplotlib
@@ -309,7 +335,7 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     every = {result.name: result for _, results in columns for result in results}
-    style_of = dict(zip(every, styles(list(every.values())), strict=True))
+    style_of = _looks(list(every.values()))
     lines = -(-len(every) // 3)
     figure, grid = pyplot.subplots(
         3,
@@ -320,7 +346,7 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
     )
     for column, (heading, results) in zip(grid.T, columns, strict=True):
         by_round, uplink, by_uplink = column
-        by_round.set_title(heading, fontsize=9)
+        by_round.set_title(heading + ("" if results else "\n(not run)"), fontsize=9)
         for result in results:
             style = style_of[result.name]
             told = [r for r in result.rounds if r.evaluated]
@@ -328,12 +354,16 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
             accuracy = [r.accuracy for r in told]
             by_round.plot([r.number for r in told], accuracy, **style)
             by_uplink.plot([totals[r.number - 1] for r in told], accuracy, **style)
-            numbers = [r.number for r in result.rounds]
-            uplink.plot(numbers, [r.uplink_bytes for r in result.rounds], **style)
+            # LBGM pays in bursts: round by round, many methods would hide each other.
+            numbers = range(SMOOTHED, len(totals) + 1)
+            before = [0, *totals]
+            means = [(before[n] - before[n - SMOOTHED]) / SMOOTHED for n in numbers]
+            uplink.plot(numbers, means, **style)
         by_round.set_xlabel("round")
         uplink.set_xlabel("round")
         uplink.set_yscale("log")
         uplink.yaxis.set_major_formatter(FuncFormatter(tick))
+        uplink.yaxis.set_minor_formatter(NullFormatter())
         by_uplink.set_xscale("log")
         by_uplink.xaxis.set_major_locator(LogLocator(numticks=6))
         by_uplink.xaxis.set_major_formatter(FuncFormatter(tick))
@@ -346,7 +376,9 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
     for axes, label in zip(
-        grid[:, 0], ("test accuracy", "uplink of a round", "test accuracy"), strict=True
+        grid[:, 0],
+        ("test accuracy", f"uplink a round, mean of {SMOOTHED}", "test accuracy"),
+        strict=True,
     ):
         axes.set_ylabel(label)
     figure.suptitle(textwrap.fill(title, 30 * len(columns) + 30), fontsize=10, x=0.01, ha="left")

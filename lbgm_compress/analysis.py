@@ -14,7 +14,6 @@ import io
 import math
 import os
 import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -51,8 +50,6 @@ ROW = np.dtype("<f4")
 # Shares closer than this are equal: known ones, as 19 of 20, survive rounding.
 SLACK = 1e-9
 WHOLE = "whole"
-PANELS = 12
-WHOLE_TICKS: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 10]}
 
 
 class _Slot(NamedTuple):
@@ -150,6 +147,11 @@ class GradientSpace:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors by name, as in the first gradient."""
+        return dict(self._shapes)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -359,25 +361,15 @@ class GradientSpace:
             If there is no gradient, or not an accuracy for each.
         """
         try:
-            import matplotlib.figure  # noqa: F401
+            from lbgm_compress import gradient_pictures
         except ImportError as error:
             raise ImportError("plot needs matplotlib: pip install matplotlib") from error
         if not self._count:
             raise ValueError("no gradient was added: there is nothing to draw")
         if accuracy is not None:
             self._check_numbers("accuracy", accuracy)
-        shown = self._shown()
-        if len(shown) <= len(self.layers):
-            left_out = f"the {len(shown) - 1} largest of {len(self.layers)} layers"
-            title = left_out if title is None else f"{title}; {left_out}"
-        folder = Path(folder)
-        _write(folder / "components.png", self._draw_components(shown, accuracy, title))
-        principal = {layer: self.principal_cosines(0.99, layer=layer) for layer in shown}
-        labels = ("principal component", "cosine of gradient and component")
-        _write(folder / "principal.png", self._draw_maps(principal, *labels, title))
-        cosines = {layer: self.cosines(layer) for layer in shown}
-        labels = ("epoch", "cosine of gradients")
-        _write(folder / "cosines.png", self._draw_maps(cosines, *labels, title))
+        for name, data in gradient_pictures.draw(self, accuracy, title).items():
+            _write(Path(folder) / name, data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors and numbers, which shares their memory.
@@ -601,102 +593,6 @@ class GradientSpace:
                 f"{name} has {len(numbers)} numbers, expected {self._count}, one for each epoch"
             )
 
-    # --- pictures ----------------------------------------------------------------------------
-
-    def _shown(self) -> list[str | None]:
-        """Return the whole gradient and the largest layers, in the model's order."""
-        sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
-        largest = sorted(self.layers, key=lambda name: -sizes[name])[: PANELS - 1]
-        return [None, *(name for name in self.layers if name in largest)]
-
-    def _name(self, layer: str | None) -> str:
-        if layer is None:
-            return "whole gradient" if self.per_layer else ""
-        return f"{layer} ({'x'.join(map(str, self._shapes[layer])) or '1'})"
-
-    def _draw_components(
-        self,
-        shown: Sequence[str | None],
-        accuracy: Sequence[float] | None,
-        title: str | None,
-    ) -> bytes:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-        panels = 1 + self.per_layer + (accuracy is not None)
-        epochs = range(1, self._count + 1)
-        marker = {"marker": "o", "markersize": 3} if self._count <= 30 else {}
-        figure = Figure(figsize=(0.6 + 4.4 * panels, 3.8), layout="constrained")
-        first, *others = figure.subplots(1, panels, squeeze=False)[0]
-        for name, share in (("N95-PCA", 0.95), ("N99-PCA", 0.99)):
-            first.plot(epochs, self.history(share), label=name, **marker)
-        first.set_ylabel("principal components")
-        first.set_title("whole gradient" if self.per_layer else "", fontsize=10)
-        first.legend(frameon=False)
-        counted = [first]
-        if self.per_layer:
-            axes = others.pop(0)
-            colours = colormaps["viridis"](np.linspace(0, 0.95, max(2, len(shown) - 1)))
-            for layer, colour in zip(shown[1:], colours, strict=False):
-                axes.plot(epochs, self.history(0.99, layer), label=layer, color=colour, **marker)
-            axes.set_ylabel("principal components")
-            axes.set_title("N99-PCA of layers", fontsize=10)
-            axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-            counted.append(axes)
-        for axes in counted:
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_locator(MaxNLocator("auto", **WHOLE_TICKS))
-        if accuracy is not None:
-            others[0].plot(epochs, list(accuracy), color="C2", **marker)
-            others[0].set_ylabel("test accuracy")
-            decimals = 0 if max(accuracy) - min(accuracy) > 0.1 else None
-            others[0].yaxis.set_major_formatter(PercentFormatter(1, decimals))
-        for axes in (*counted, *others):
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator("auto", **WHOLE_TICKS))
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        return _png(figure, title)
-
-    def _draw_maps(
-        self, maps: Mapping[str | None, Matrix], across: str, colour: str, title: str | None
-    ) -> bytes:
-        """Draw matrices of cosines, a panel each, on one scale of colours."""
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        lines = math.ceil(len(maps) / 4)
-        columns = math.ceil(len(maps) / lines)
-        side = 4.2 if len(maps) == 1 else 2.6
-        figure = Figure(figsize=(1.4 + side * columns, 0.5 + side * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False)
-        for axes in panels.flat[len(maps) :]:
-            axes.set_visible(False)
-        for axes, (layer, matrix) in zip(panels.flat, maps.items(), strict=False):
-            height, width = matrix.shape
-            if not width:
-                axes.text(0.5, 0.5, "all zero", ha="center", transform=axes.transAxes)
-            image = axes.imshow(
-                matrix if width else np.zeros((height, 1)),
-                cmap="RdBu_r",
-                vmin=-1,
-                vmax=1,
-                aspect="auto",
-                interpolation="nearest",
-                extent=(0.5, max(1, width) + 0.5, height + 0.5, 0.5),
-            )
-            axes.set_box_aspect(1)
-            axes.set_title(self._name(layer), fontsize=8)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(MaxNLocator(6, **WHOLE_TICKS))
-        for axes in panels[:, 0]:
-            axes.set_ylabel("epoch")
-        for i in range(columns):
-            panels[(len(maps) - 1 - i) // columns, i].set_xlabel(across)
-        figure.colorbar(image, ax=panels, label=colour, shrink=0.8)
-        return _png(figure, title)
-
 
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
@@ -745,15 +641,6 @@ def _sketch(grad: Tensor, size: int, seed: int) -> Matrix:
 def _number(value: float) -> str:
     """Write a number with six decimals, and none as -0."""
     return f"{round(float(value), 6) + 0.0:.6f}"
-
-
-def _png(figure: Any, title: str | None) -> bytes:
-    if title is not None:
-        width = int(figure.get_figwidth() * 12)
-        figure.suptitle(textwrap.fill(title, width), fontsize=10, x=0.01, ha="left")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return data.getvalue()
 
 
 def _write(path: Path, data: bytes) -> None:

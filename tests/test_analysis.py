@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import lbgm_compress
 from lbgm_compress.analysis import GradientSpace
 
 SHAPES = {"weight": (40, 25), "bias": (60,), "scale": ()}
@@ -551,7 +552,7 @@ def test_wrong_metrics_are_told_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("layers", [0, 5])
 def test_three_pictures_are_drawn(layers, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("lbgm_compress.analysis.PANELS", 4)
+    monkeypatch.setattr("lbgm_compress.gradient_pictures.PANELS", 4)
     shapes = {f"layer {i}": (10 + i,) for i in range(max(layers, 1))}
     size = sum(10 + i for i in range(max(layers, 1)))
     matrix = with_spectrum(0.5 ** np.arange(6), size=max(size, 10))
@@ -576,5 +577,8 @@ def test_one_gradient_is_enough_to_draw(tmp_path):
 def test_without_matplotlib_plot_says_what_to_install(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
+    # As in a process that has drawn nothing yet.
+    monkeypatch.delitem(sys.modules, "lbgm_compress.gradient_pictures", raising=False)
+    monkeypatch.delattr(lbgm_compress, "gradient_pictures", raising=False)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         filled([GOOD]).plot(tmp_path)
