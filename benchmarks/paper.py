@@ -490,6 +490,26 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_kept(options: Any, columns: Sequence[Column], folder: Path) -> None:
+    """Raise `ValueError` if what is kept was run with other arguments."""
+    parser = compare.build_parser()
+    for setting, methods in columns:
+        where = place(folder, setting, options.device)
+        kept = _summary(where).get("arguments")
+        if kept is None:
+            continue
+        asked = parser.parse_args(
+            [*setting.arguments(options.device, options.quick), "--seed", str(options.seed)]
+            + ["--methods", repr(methods[0])]
+        )
+        for name, value in compare.arguments_of(asked).items():
+            if name not in ("methods", "out", "data-dir") and kept.get(name) != value:
+                raise ValueError(
+                    f"--out {folder}: {where.name} was run with --{name} {kept.get(name)}, and not "
+                    f"with {value}: take another folder"
+                )
+
+
 def run(options: Any, columns: Sequence[Column], folder: Path) -> int:
     """Run what is missing, and return compare.py's exit status."""
     for setting, methods in columns:
@@ -529,6 +549,10 @@ def main(arguments: list[str]) -> int:
     if not any(options.only in setting.name for setting, _ in columns):
         names = ", ".join(dict.fromkeys(setting.name for setting, _ in columns))
         parser.error(f"--only {options.only}: no setting is called so, there are {names}")
+    try:
+        check_kept(options, columns, folder)
+    except ValueError as error:
+        parser.error(str(error))
     status = run(options, columns, folder)
     console = Console(width=None if sys.stdout.isatty() else 140)
     for page, drawn in pages.items():

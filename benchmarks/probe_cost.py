@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--models", type=listed(str), default=["cnn"], help="as compare.py's (default: cnn)")
     add("--batches", type=listed(int), default=[128], help="images a step (default: 128)")
-    add("--turns", type=int, default=9, help="turns of 60 steps for each case (default: 15)")
+    add("--turns", type=int, default=9, help="turns of 60 steps for each case (default: 9)")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)")
     add(
         "--out",

@@ -71,6 +71,8 @@ def _built(node: ast.expr, constructors: Mapping[str, Callable[..., Any]]) -> An
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {known}")
+    if node.func.id in ARGUMENTS and node.func.id not in constructors:
+        raise ValueError(f"{node.func.id} is no compressor, but an argument of LBGM: delta=...")
     if node.func.id not in constructors:
         raise ValueError(f"unknown compressor {node.func.id!r}; known are {known}")
     arguments = [_argument(argument) for argument in node.args]

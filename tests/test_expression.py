@@ -49,7 +49,7 @@ def test_list_keeps_its_order():
         ("TopK(0.1 + 0.1)", "neither a literal nor a compressor"),
         ("TopK(**{'ratio': 0.1})", "unpacks arguments"),
         ("LBGM(LBGM())", "looks back itself"),
-        ("NormBudget(0.1)", "unknown compressor 'NormBudget'"),
+        ("NormBudget(0.1)", "NormBudget is no compressor, but an argument of LBGM"),
         ("LBGM(delta=NormBudget(-1))", "budget must be at least 0 and finite, not -1"),
         ("LBGM(x)", "is not a compressor"),
         ("__import__('os').system('false')", "is not a compressor"),

@@ -70,6 +70,17 @@ def test_what_is_kept_is_not_run_again_and_what_is_missing_is(standalone, monkey
     assert "Identity()" not in methods
 
 
+def test_what_was_run_with_other_arguments_is_not_taken_for_these(standalone, capsys):
+    for more, message in (
+        (["--quick", "--seed", "7"], "was run with --seed 0, and not with 7"),
+        ([], "was run with --dataset digits, and not with fashion-mnist"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            paper.main(["standalone", *more, "--out", str(standalone)])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_kept_methods_grow_and_are_replaced_by_name(tmp_path):
     def run(methods, seed):
         found = tmp_path / f"found-{seed}"

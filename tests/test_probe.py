@@ -103,7 +103,8 @@ def test_every_threshold_is_played_as_a_sender_would_play_it(inner, batch):
         assert_rows_are_those_of_a_sender(rows, run, compressor)
     dense = Sender(Identity()).compress(run[0]).numel()
     assert report.dense_bytes == dense
-    assert all(row.of_dense == row.bytes_per_step / dense for row in report.all_tensors())
+    for row in report.all_tensors():
+        assert row.of_dense == pytest.approx(row.bytes_per_step / dense)
 
 
 def test_averages_are_played_as_a_sender_would_play_them():
@@ -329,11 +330,130 @@ def test_file_of_another_probe_is_refused(tmp_path):
     probe = LookBackProbe(parameters_like(run))
     probe.observe(run[0])
     other = LookBackProbe(network())
-    with pytest.raises(ValueError, match=r"a model with a parameter 'hidden\.bias'"):
+    with pytest.raises(ValueError, match=r"another model: parameter .0\.weight. is None there"):
         other.load_state_dict(probe.state_dict())
     with pytest.raises(ValueError, match="not the state of a LookBackProbe"):
         other.load_state_dict({"format": 0})
     assert other.report().rounds == 0
+
+
+def test_state_is_not_changed_by_what_is_seen_later():
+    run = training_run(40)
+    probe = LookBackProbe(parameters_like(run), cost=None)
+    for grads in run[:11]:
+        probe.observe(grads)
+    state = probe.state_dict()
+    for grads in run[11:]:
+        probe.observe(grads)
+    again = LookBackProbe(parameters_like(run), cost=None)
+    again.load_state_dict(state)
+    assert again.report().rounds == 11
+    for grads in run[11:]:
+        again.observe(grads)
+    assert again.report().rows == probe.report().rows
+
+
+def test_model_of_other_shapes_is_refused():
+    probe, other = LookBackProbe(nn.Linear(8, 8)), LookBackProbe(nn.Linear(4, 8))
+    with pytest.raises(ValueError, match=r"'weight' is \(8, 8\) .* there and \(8, 4\) "):
+        other.load_state_dict(probe.state_dict())
+
+
+def test_cost_is_kept_to_from_one_client_round_to_the_next(tmp_path):
+    model = network()
+    for _ in range(12):
+        with LookBackProbe(model, updates=True, file=tmp_path / "c.pt", cost=1e-9) as probe:
+            for parameter in model.parameters():
+                parameter.data.add_(torch.ones_like(parameter))
+    rounds = {(row.method, row.steps): row.rounds for row in probe.report().all_tensors()}
+    assert rounds["LBGM()", 1] == 12
+    # The first of each is free.
+    assert rounds["LookBackSubspace()", 1] == rounds["LBGM()", 2] == 1
+
+
+def test_gradient_that_was_thrown_away_is_not_counted(monkeypatch):
+    generator, critic = network(), network(1)
+    first = torch.optim.SGD(generator.parameters(), lr=0.1)
+    second = torch.optim.SGD(critic.parameters(), lr=0.1)
+    both = nn.ModuleDict({"generator": generator, "critic": critic})
+
+    def train():
+        for _ in range(3):
+            # The generator's loss leaves gradients in the critic, which are dropped.
+            (generator(torch.ones(2, 64)).sum() + critic(torch.ones(2, 64)).sum()).backward()
+            first.step()
+            both.zero_grad()
+            critic(torch.ones(2, 64)).sum().backward()
+            second.step()
+            both.zero_grad()
+
+    _, seen = watched(monkeypatch, both, train)
+    assert [sorted({name.split(".")[0] for name in grads}) for grads in seen] == [
+        ["generator"],
+        ["critic"],
+    ] * 3
+
+
+def test_bytes_are_compared_with_those_of_gradients_that_there_were():
+    model = nn.ModuleDict({"used": nn.Linear(20, 20), "unused": nn.Linear(500, 500)})
+    model["table"] = nn.Embedding(50, 20, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    probe = LookBackProbe(model, deltas=(0.0,), ranks=(), averaged=())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        optimizer.zero_grad()
+        rows = model["table"](torch.arange(3)) + torch.randn(3, 20, generator=generator)
+        model["used"](rows).square().sum().backward()
+        optimizer.step()
+    report = probe.report()
+    assert report.all_tensors()[0].of_dense == pytest.approx(1, abs=0.02)
+    assert report.left_out == ["unused.weight", "unused.bias", "table.weight"]
+    assert "Without a gradient that could be watched: unused.weight" in str(report)
+
+
+def test_averages_of_half_precision_do_not_overflow():
+    grad = {"weight": torch.full((50, 40), 1e4, dtype=torch.float16)}
+    report = played([grad] * 64)
+    for row in report.all_tensors():
+        if row.method == "LBGM()" and row.steps > 1:
+            assert row.recycled_share == pytest.approx(1 - row.steps / 64)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_errors_of_extreme_gradients_are_those_of_ordinary_ones(scale):
+    ordinary = noisy(30, 0.6)
+    extreme = [{n: g * scale for n, g in grads.items()} for grads in ordinary]
+    pairs = zip(played(ordinary).rows, played(extreme).rows, strict=True)
+    errors = [(a.relative_error, b.relative_error) for a, b in pairs if not a.subspace]
+    assert max(errors)[0] > 0.3
+    for a, b in errors:
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_failure_of_the_probe_ends_the_watching_and_not_the_training(monkeypatch):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = LookBackProbe(model)
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+
+    step()
+    monkeypatch.setattr(LookBackSubspace, "encode_batch", fail)
+    monkeypatch.setattr(LookBackProbe, "_average", lambda *_: fail())
+    before = model[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match="stopped watching: MemoryError: no room"):
+        step()
+    step()
+    assert not torch.equal(before, model[0].weight)
+    report = probe.report()
+    assert report.stopped == "MemoryError: no room"
+    assert "Watching stopped after 1 gradient: MemoryError: no room" in str(report)
 
 
 def test_closed_or_forgotten_probe_sees_nothing_more():
@@ -368,11 +488,25 @@ def test_closed_or_forgotten_probe_sees_nothing_more():
         ({"averaged": (2, 3)}, r"averaged must be 2, 4, 8 and so on, not \(2, 3\)"),
         ({"ranks": (0,)}, "rank must be a whole number of at least 1"),
         ({"cost": 0}, "cost must be above 0, or None, not 0"),
+        ({"file": "no/where.pt"}, "file no/where.pt: there is no folder"),
+        ({"deltas": 0.2}, "deltas must be a sequence such as"),
+        ({"ranks": 4}, "ranks must be a sequence"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         LookBackProbe(network(), **arguments)
+
+
+def test_what_is_no_model_is_refused_and_leaves_no_hooks():
+    model = network()
+    for wrong in (model.parameters(), model.state_dict(), torch.optim.SGD(model.parameters()), 3):
+        with pytest.raises(TypeError, match=r"named_parameters\(\)"):
+            LookBackProbe(wrong)
+    leaf = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="parameter 'b' is no leaf"):
+        LookBackProbe([("a", leaf), ("b", leaf * 2)])
+    assert not leaf._post_accumulate_grad_hooks
 
 
 def test_wrong_gradients_are_refused_and_counted_nowhere():
@@ -386,7 +520,7 @@ def test_wrong_gradients_are_refused_and_counted_nowhere():
     with pytest.raises(ValueError, match="there are no gradients"):
         probe.observe({})
     frozen = network().requires_grad_(False)
-    with pytest.raises(ValueError, match="none requires a gradient"):
+    with pytest.raises(ValueError, match="none requires a dense real gradient"):
         LookBackProbe(frozen)
     assert probe.report().rounds == 0
 
@@ -443,6 +577,28 @@ def test_report_names_every_method_and_tensor_and_its_cost(tmp_path):
 
 # --- the command --------------------------------------------------------------------------------
 
+TWO_OPTIMIZERS = """
+import os
+import pathlib
+
+import torch
+
+os.chdir(os.sep)
+assert pathlib.Path(__file__).exists()
+first, second = torch.nn.Linear(20, 8), torch.nn.Linear(8, 2)
+adam = torch.optim.Adam(first.parameters(), lr=0.01)
+sgd = torch.optim.SGD(second.parameters(), lr=0.01)
+table = torch.zeros(3, dtype=torch.complex64, requires_grad=True)
+other = torch.optim.SGD([table], lr=0.1)
+for step in range(10):
+    for optimizer in (adam, sgd, other):
+        optimizer.zero_grad()
+    (second(first(torch.ones(4, 20))).square().mean() + table.abs().sum()).backward()
+    for optimizer in (adam, sgd, other):
+        optimizer.step()
+torch.optim.SGD(first.parameters(), lr=0.1).step()
+raise SystemExit(3)
+"""
 SCRIPT = """
 import sys
 
@@ -482,7 +638,26 @@ def test_unmodified_script_is_watched_and_the_report_comes_at_its_end(tmp_path):
     assert "LookBackProbe: 11 gradients" in done.stdout
     assert "\n0.weight " in done.stdout
     assert done.stderr == ""
-    assert (tmp_path / "rows.csv").read_text().startswith("method,steps,tensor")
+    assert (tmp_path / "rows.csv").read_text().startswith("method,delta,steps,tensor")
+
+
+def test_script_with_several_optimizers_gets_a_report_for_each(tmp_path):
+    (tmp_path / "train.py").write_text(TWO_OPTIMIZERS)
+    done = command("--csv", "rows.csv", "train.py", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.count("LookBackProbe: 9 gradients") == 2
+    assert "none requires a dense real gradient" in done.stdout
+    assert (tmp_path / "rows.csv").exists()
+    assert (tmp_path / "rows-2.csv").exists()
+
+
+def test_module_is_run_as_by_python_itself(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "train.py").write_text("from . import __name__ as where\n" + SCRIPT)
+    done = command("-m", "package.train", "6", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "LookBackProbe: 5 gradients" in done.stdout
 
 
 def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
@@ -499,7 +674,8 @@ def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
         (["missing.py"], "there is no script missing.py"),
         (["--inner", "TopK(2)", "train.py"], "ratio must be above 0 and at most 1, not 2"),
         (["--deltas", "0.1,2", "train.py"], "delta must be from 0 to 1, not 2.0"),
-        (["--deltas", "much", "train.py"], "invalid"),
+        (["--deltas", "much", "train.py"], "'much' are not numbers: write them as 0.05,0.2"),
+        (["--csv", "no/rows.csv", "train.py"], "--csv no/rows.csv: there is no folder"),
     ],
 )
 def test_wrong_command_is_told_before_the_script_runs(arguments, message, tmp_path):
@@ -515,7 +691,8 @@ def test_script_without_an_optimizer_says_so(tmp_path):
     done = command("train.py", cwd=tmp_path)
     assert done.stdout.splitlines() == [
         "hello",
-        "LookBackProbe: no optimizer of torch's has stepped, and so nothing was seen.",
+        "LookBackProbe: no optimizer of torch's has stepped in this process, and so nothing was "
+        "seen.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import sys
@@ -215,7 +216,9 @@ class LBGM(Compressor):
                 "square_norm": angle.square_norm,
                 "inner": encoding.state,
             }
-            results[i] = _full(angle, encoding, grad, state)
+            head = struct.pack("<Bf", FULL, 1.0)
+            body = functools.partial(_same, payload)
+            results[i] = Encoding(head, body, encoding.decoded, state, angle.phase_error)
         return [results[i] for i in range(len(grads))]
 
     def decode(
@@ -252,6 +255,10 @@ def _full(angle: Angle, inner: Encoding, grad: Tensor, state: State) -> Encoding
     head = struct.pack("<Bf", FULL, 1.0)
     body = _without_kind(inner, grad.device)
     return Encoding(head, body, inner.decoded, state, angle.phase_error)
+
+
+def _same(payload: Tensor) -> Tensor:
+    return payload
 
 
 def _without_kind(encoding: Encoding, device: torch.device) -> Callable[[], Tensor] | None:
@@ -340,7 +347,7 @@ def _precise_angle(grad: Tensor, look_back: Tensor | None) -> Angle:
         difference = g - gl / ll * lb
         missed += float(torch.dot(difference, difference))
     rho = _usable(gl / ll * (g_max / l_max), abs(gl) / math.sqrt(ll) * g_max, look_back)
-    return Angle(square_norm, missed / gg, rho)
+    return Angle(square_norm, min(missed / gg, 1.0), rho)
 
 
 def _magnitude(tensor: Tensor) -> float:

@@ -1,0 +1,22 @@
+"""What LBGM and look-back subspaces would save in a training that runs without them.
+
+``python -m lbgm_compress.probe script.py [args]`` watches an unmodified script that steps a torch
+optimizer, and prints the report when the script ends.
+
+>>> import torch
+>>> from lbgm_compress.probe import LookBackProbe
+>>> model = torch.nn.Linear(20, 5)
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+>>> probe = LookBackProbe(model)
+>>> for step in range(3):
+...     optimizer.zero_grad()
+...     model(torch.ones(8, 20)).square().mean().backward()
+...     optimizer.step()
+>>> [round(row.recycled_share, 2) for row in probe.report().all_tensors()][:2]
+[0.67, 0.67]
+"""
+
+from lbgm_compress.probe.report import Report, Row
+from lbgm_compress.probe.watch import DELTAS, LookBackProbe
+
+__all__ = ["DELTAS", "LookBackProbe", "Report", "Row"]

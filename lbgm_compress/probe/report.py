@@ -1,0 +1,208 @@
+"""What a probe saw: rows, a page of text, and a line of advice."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+__all__ = ["Report", "Row", "advice"]
+
+# Shares of the bytes above which a saving is worth a line of advice.
+WORTH = 0.3
+# Relative errors above which recycled gradients point elsewhere.
+TOO_FAR = 0.6
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method would have done to one tensor, or to all of them."""
+
+    method: str
+    """The expression that builds the compressor."""
+    delta: float
+    """Its threshold."""
+    steps: int
+    """How many steps' gradients are averaged before they are sent."""
+    tensor: str | None
+    """The tensor's name; None for all together."""
+    rounds: int
+    """Rounds that were played, each of `steps` steps."""
+    recycled_share: float
+    """Share of the rounds in which the tensor is recycled; of all, the mean over tensors."""
+    bytes_per_step: float
+    """Uplink; of all, that of whole messages."""
+    of_dense: float
+    """Share of what sending each step's gradient uncompressed would take."""
+    saved: float
+    """Share of the bytes that recycling saves, of what the method sends in full."""
+    relative_error: float
+    """Root mean square over rounds of |g - applied| / |g|."""
+    subspace: bool
+    """Whether it is a `LookBackSubspace`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a probe saw; `str` gives it as a page of text."""
+
+    rows: Sequence[Row]
+    rounds: int
+    """Gradients seen."""
+    skipped: int
+    """Gradients with inf or nan, which are sent as they are and left out here."""
+    dense_bytes: float
+    """What one step's gradients weigh uncompressed, as a message; the mean over steps."""
+    seconds: float
+    """What the probe took of the time since it was attached."""
+    share_of_time: float
+    """The same, as a share."""
+    left_out: Sequence[str]
+    """Parameters that had no gradient, or one that cannot be compressed."""
+    stopped: str | None
+    """The error that ended watching, if one did; the training went on."""
+    advice: str
+    """One or two sentences."""
+
+    def all_tensors(self) -> list[Row]:
+        """Return the rows about all tensors together."""
+        return [row for row in self.rows if row.tensor is None]
+
+    def write_csv(self, file: str | os.PathLike[str]) -> None:
+        """Write all rows as CSV."""
+        names = [field.name for field in fields(Row)]
+        with Path(file).open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.writer(lines, lineterminator="\n")
+            writer.writerow(names)
+            for row in self.rows:
+                values = (getattr(row, name) for name in names)
+                writer.writerow("" if value is None else value for value in values)
+
+    def __str__(self) -> str:
+        """Lay out the rows about all tensors, the shares of each tensor, and the advice."""
+        lines = []
+        if self.rows:
+            lines += [self._summary(), "", *_aligned(self._methods()), ""]
+            lines += ["recycled, tensor by tensor", *_aligned(self._tensors()), ""]
+        if self.left_out:
+            names = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
+            lines += [f"Without a gradient that could be watched: {names}.", ""]
+        if self.stopped is not None:
+            lines += [f"Watching stopped after {_count(self.rounds)}: {self.stopped}", ""]
+        text = "\n".join([*lines, self.advice])
+        return text if self.rows else f"LookBackProbe: {text}"
+
+    def _summary(self) -> str:
+        skipped = f", {self.skipped} with inf or nan left out" if self.skipped else ""
+        return (
+            f"LookBackProbe: {_count(self.rounds)} of {_human(self.dense_bytes)} watched{skipped}; "
+            f"watching took {self.share_of_time:.1%} of the time"
+        )
+
+    def _methods(self) -> list[Sequence[str]]:
+        table: list[Sequence[str]] = [
+            ("would send", "rounds", "recycled", "uplink a step", "of dense", "error")
+        ]
+        for row in self.all_tensors():
+            averaged = "" if row.steps == 1 else f", {row.steps} steps averaged"
+            table.append(
+                (
+                    row.method + averaged,
+                    str(row.rounds),
+                    f"{row.recycled_share:.1%}",
+                    _human(row.bytes_per_step),
+                    f"{row.of_dense:.2%}",
+                    f"{row.relative_error:.1%}",
+                )
+            )
+        return table
+
+    def _tensors(self) -> list[Sequence[str]]:
+        shown = [row for row in self.rows if row.steps == 1 and not row.subspace]
+        deltas = list(dict.fromkeys(row.delta for row in shown))
+        shares: dict[str, dict[float, str]] = {}
+        for row in shown:
+            if row.tensor is not None:
+                shares.setdefault(row.tensor, {})[row.delta] = f"{row.recycled_share:.1%}"
+        lines = [(name, *(of.get(d, "") for d in deltas)) for name, of in shares.items()]
+        return [("delta", *(f"{delta:g}" for delta in deltas)), *lines]
+
+
+def advice(rows: Sequence[Row], rounds: int, skipped: int, updates: bool) -> str:
+    """Say in a sentence or two what the rows mean."""
+    whole = [row for row in rows if row.tensor is None]
+    plain = [row for row in whole if row.steps == 1 and not row.subspace]
+    if not plain or plain[0].rounds < 2:
+        return _too_few(rounds, skipped, updates)
+    here = min(plain, key=lambda row: abs(row.delta - 0.2))
+    said = f"{here.recycled_share:.0%} of the tensors recycle with {here.method}"
+    if here.saved >= WORTH:
+        if here.relative_error > TOO_FAR:
+            return (
+                f"{said}, but gradients would be off by {here.relative_error:.0%}: that is too "
+                "far. Try a lower threshold."
+            )
+        return (
+            f"{here.method} would recycle {here.recycled_share:.0%} of the tensors and save "
+            f"{here.saved:.0%} of the bytes, with gradients off by {here.relative_error:.0%}: try "
+            "it, and compare accuracies."
+        )
+    said = f"At this batch size {said}"
+    averages = [row for row in whole if row.steps > 1 and row.rounds > 2]
+    for row in averages:
+        if row.saved >= max(WORTH, 2 * here.saved):
+            return (
+                f"{said}; averaging gradients over {row.steps} steps before sending would make it "
+                f"{row.recycled_share:.0%}, and save {row.saved:.0%} of the bytes of messages, of "
+                f"which there are {row.steps} times fewer."
+            )
+    if averages:
+        said += f", and {averages[-1].recycled_share:.0%} averaged over {averages[-1].steps} steps"
+    # Error feedback makes up for most of what a subspace misses.
+    useful = [row for row in whole if row.subspace and row.rounds > 1 and row.of_dense < 0.5]
+    useful = [row for row in useful if row.relative_error <= 0.95]
+    if not useful:
+        return (
+            f"{said}: looking back saves little here. Take ErrorFeedback(TopK(0.01)) or larger "
+            "batches."
+        )
+    best = min(useful, key=lambda row: row.of_dense)
+    return (
+        f"{said}: LBGM has little to recycle. ErrorFeedback({best.method}) would send about "
+        f"{best.of_dense:.1%} of the dense bytes, and have to make up for "
+        f"{best.relative_error:.0%} of each gradient: try it, and compare accuracies."
+    )
+
+
+def _too_few(rounds: int, skipped: int, updates: bool) -> str:
+    if skipped:
+        return f"{_count(rounds)} seen, {skipped} of them with inf or nan: there is nothing to say."
+    hint = (
+        "does the training run inside the probe's `with` block, and does the file stay?"
+        if updates
+        else "was the probe attached before the backward pass, and does an optimizer of torch's "
+        "step? (A script that is watched from outside is met at its first step.)"
+    )
+    return f"{_count(rounds)} seen, and it takes two to compare: {hint}"
+
+
+def _count(rounds: int) -> str:
+    return "1 gradient" if rounds == 1 else f"{rounds} gradients"
+
+
+def _human(number: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *rest in table:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
