@@ -499,8 +499,10 @@ def check_kept(options: Any, columns: Sequence[Column], folder: Path) -> None:
         if kept is None:
             continue
         asked = parser.parse_args(
-            [*setting.arguments(options.device, options.quick), "--seed", str(options.seed)]
-            + ["--methods", repr(methods[0])]
+            [
+                *setting.arguments(options.device, options.quick),
+                *("--seed", str(options.seed), "--methods", repr(methods[0])),
+            ]
         )
         for name, value in compare.arguments_of(asked).items():
             if name not in ("methods", "out", "data-dir") and kept.get(name) != value:
