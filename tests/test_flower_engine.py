@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from lbgm_compress import LBGM, Receiver, Sender
+from lbgm_compress.probe import LookBackProbe
 from tests.flower_loopback import LoopbackGrid, Receding, arrays_of, make_app
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +110,41 @@ def test_example_runs_in_simulation_and_leaves_its_results(simulation, tmp_path)
     assert lines[-1]["evaluate-server"]["accuracy"] > lines[0]["evaluate-server"]["accuracy"]
     assert (tmp_path / "flower.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "held.safetensors").exists()
+
+
+def test_probe_in_a_client_goes_on_from_round_to_round(simulation, tmp_path):
+    app, kept = tmp_path / "app", tmp_path / "kept"
+    shutil.copytree(ROOT / "examples" / "flower_app", app)
+    kept.mkdir()
+    client = app / "flower_app" / "client_app.py"
+    text = client.read_text()
+    call = "    loss = train(model, images, labels, steps, lr)\n"
+    assert text.count(call) == 1
+    file = f"""f"{kept}/{{context.node_config['partition-id']}}.pt\""""
+    watched = f"    with LookBackProbe(model, (0.0, 0.2), updates=True, file={file}):\n    {call}"
+    text = text.replace(call, watched)
+    client.write_text(f"from lbgm_compress.probe import LookBackProbe\n{text}")
+    config = {"out": str(tmp_path), "num-server-rounds": 4, "fraction-train": 1.0}
+    # It loses nothing, so that the loop is open, and sends in full.
+    config["compressor"] = "LBGM(delta=0)"
+    options = ("--federation-config", "num-supernodes=3 client-resources-num-cpus=1")
+    simulation.run(app, config, *options, timeout=150)
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    predicted = 0
+    for partition in range(3):
+        model = [(name, weight.requires_grad_()) for name, weight in build_like().items()]
+        probe = LookBackProbe(model, (0.0, 0.2), updates=True, file=kept / f"{partition}.pt")
+        report = probe.report()
+        assert report.rounds == 4
+        predicted += 4 * report.all_tensors()[0].bytes_per_step
+    # Flower's replies begin with two bytes of their own, and precisions a byte a tensor.
+    assert sum(line["uplink-bytes"] for line in lines) == pytest.approx(predicted, rel=0.001)
+
+
+def build_like():
+    """Return parameters of the shapes of the example's model."""
+    shapes = {"0.weight": (128, 64), "0.bias": (128,), "2.weight": (10, 128), "2.bias": (10,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def reference(compressor, partitions, full):
