@@ -19,11 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import Parser, check_folder
-from datasets import IMAGES, DatasetMissing, load
+from command_line import (
+    Parser,
+    add_data_and_model,
+    check_common,
+    check_folder,
+    number_in,
+    positive,
+)
+from datasets import DatasetMissing, load
 from engines import ENGINES, EngineError, check_engine, running
 from federated import Round, Training, run
-from models import IMAGE_MODELS, parameters
+from models import parameters
 from partition import check_scheme, partition, subsets
 from report import (
     MethodResult,
@@ -57,56 +64,16 @@ METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}
 INTERRUPTED = 130
 
 
-def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
-
-
 def batch_size(text: str) -> int | None:
     """Read ``full`` (None) or a whole number of at least 1."""
     return None if text == "full" else positive(text)
-
-
-def number_in(low: float, high: float, *, open_low: bool = False) -> Any:
-    """Return a reader of numbers from `low` (or above it) to `high`."""
-
-    def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high or (open_low and number == low) or math.isinf(number):
-            bounds = f"above {low:g}" if open_low else f"from {low:g}"
-            bounds += f" to {high:g}" if math.isfinite(high) else " and finite"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
-        return number
-
-    return read
 
 
 def build_parser() -> Parser:
     """Build the command line."""
     parser = Parser("compare.py", __doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--dataset", choices=IMAGES, default="digits", help="images (default: digits)")
-    add(
-        "--data-dir",
-        metavar="DIR",
-        help="folder of Fashion-MNIST's IDX files, plain or .gz (default: where Debian's package "
-        "dataset-fashion-mnist puts them)",
-    )
-    add(
-        "--model",
-        choices=IMAGE_MODELS,
-        default="fcn",
-        help="network (default: fcn, 128 hidden units)",
-    )
+    add_data_and_model(parser)
     add(
         "--engine",
         choices=("process", *ENGINES),
@@ -301,20 +268,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
         Whose message is one line.
     """
     methods = methods_of(options)
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"--device {options.device!r} is neither cpu nor cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {options.device!r} is neither cpu nor cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: there is no CUDA device, use --device cpu")
-    if not 0 <= options.seed < 2**31:
-        raise ValueError(f"--seed {options.seed} is not from 0 to 2147483647")
-    if options.data_dir is not None and options.dataset != "fashion-mnist":
-        raise ValueError(f"--data-dir is for fashion-mnist, and --dataset is {options.dataset}")
-    if options.data_dir is not None and not Path(options.data_dir).is_dir():
-        raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
+    check_common(options)
     check_engine(options.engine, options.participation, options.device)
     if options.open_loop and options.engine != "process":
         raise ValueError(f"--open-loop is for --engine process, and --engine is {options.engine}")
@@ -346,7 +300,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
         lr=options.lr,
         server_momentum=options.server_momentum,
         seed=options.seed,
-        device=device,
+        device=torch.device(options.device),
         evaluate_every=options.evaluate_every,
         open_loop=options.open_loop,
     )

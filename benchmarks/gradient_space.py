@@ -20,10 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from command_line import Parser, check_folder
-from compare import number_in, positive
-from datasets import IMAGES, Dataset, DatasetMissing, load
-from models import IMAGE_MODELS, build
+from command_line import (
+    Parser,
+    add_data_and_model,
+    check_common,
+    check_folder,
+    number_in,
+    positive,
+)
+from datasets import Dataset, DatasetMissing, load
+from models import build
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,6 +37,7 @@ from torch import Tensor, nn
 
 import lbgm_compress
 from lbgm_compress.analysis import GradientSpace
+from lbgm_compress.files import write_whole
 
 INTERRUPTED = 130
 # Images that are evaluated at a time: a residual network's activations are large.
@@ -204,9 +211,7 @@ def write(
     space.write_csv(folder, {"accuracy": accuracies, "loss": [epoch.loss for epoch in epochs]})
     space.plot(folder, accuracies, title)
     text = json.dumps(summary(options, arguments, space, epochs), indent=2) + "\n"
-    temporary = folder / ".summary.json"
-    temporary.write_text(text)
-    temporary.replace(folder / "summary.json")
+    write_whole(folder / "summary.json", text.encode())
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -216,19 +221,7 @@ def build_parser() -> Parser:
     """Build the command line."""
     parser = Parser("gradient_space.py", __doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--dataset", choices=IMAGES, default="digits", help="images (default: digits)")
-    add(
-        "--data-dir",
-        metavar="DIR",
-        help="folder of Fashion-MNIST's IDX files, plain or .gz (default: where Debian's package "
-        "dataset-fashion-mnist puts them)",
-    )
-    add(
-        "--model",
-        choices=IMAGE_MODELS,
-        default="fcn",
-        help="network (default: fcn, 128 hidden units)",
-    )
+    add_data_and_model(parser)
     add("--epochs", type=positive, default=50, metavar="T", help="epochs (default: 50)")
     add(
         "--batch-size",
@@ -284,20 +277,7 @@ def prepare(options: argparse.Namespace) -> Dataset:
     ValueError
         Whose message is one line.
     """
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {options.device!r} is neither cpu nor cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: there is no CUDA device, use --device cpu")
-    if not 0 <= options.seed < 2**31:
-        raise ValueError(f"--seed {options.seed} is not from 0 to 2147483647")
-    if options.data_dir is not None and options.dataset != "fashion-mnist":
-        raise ValueError(f"--data-dir is for fashion-mnist, and --dataset is {options.dataset}")
-    if options.data_dir is not None and not Path(options.data_dir).is_dir():
-        raise ValueError(f"--data-dir {options.data_dir}: there is no such folder")
+    check_common(options)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

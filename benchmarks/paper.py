@@ -23,7 +23,7 @@ from typing import Any
 import compare
 from command_line import Parser, check_folder
 from federated import Round
-from report import COLUMNS, MethodResult, human_bytes, styles, tick, write_whole
+from report import COLUMNS, MethodResult, human_bytes, styles, tick
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +38,7 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
+from lbgm_compress.files import write_whole
 
 DENSE, LOOK_BACK = Identity(), LBGM()
 TOP, ATOMO, SIGNS = TopK(0.1), Atomo(2), SignSGD(scaled=True)

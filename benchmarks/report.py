@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import html
 import io
 import json
-import os
-import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +16,7 @@ from typing import Any
 from federated import Round
 
 from lbgm_compress import LBGM, Compressor, ErrorFeedback
+from lbgm_compress.files import write_whole
 
 __all__ = [
     "COLUMNS",
@@ -32,7 +30,6 @@ __all__ = [
     "tick",
     "write_files",
     "write_rounds",
-    "write_whole",
 ]
 
 FILES = (
@@ -191,20 +188,6 @@ def write_files(
     for name, data in pictures.items():
         write_whole(folder / name, data)
     write_whole(folder / "report.html", _page(rows, about, pictures).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def _without_lbgm(compressor: Compressor) -> str:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.compressor import all_finite, check_gradient
+from lbgm_compress.files import write_whole
 
 __all__ = ["GradientSpace"]
 
@@ -329,7 +329,7 @@ class GradientSpace:
         for name, rows in tables.items():
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
-            _write(Path(folder) / f"{name}.csv", text.getvalue().encode())
+            write_whole(Path(folder) / f"{name}.csv", text.getvalue().encode())
 
     def plot(
         self,
@@ -369,7 +369,7 @@ class GradientSpace:
         if accuracy is not None:
             self._check_numbers("accuracy", accuracy)
         for name, data in gradient_pictures.draw(self, accuracy, title).items():
-            _write(Path(folder) / name, data)
+            write_whole(Path(folder) / name, data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors and numbers, which shares their memory.
@@ -641,17 +641,3 @@ def _sketch(grad: Tensor, size: int, seed: int) -> Matrix:
 def _number(value: float) -> str:
     """Write a number with six decimals, and none as -0."""
     return f"{round(float(value), 6) + 0.0:.6f}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import time
@@ -23,6 +24,7 @@ from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.norm_budget import NormBudget
+from lbgm_compress.files import write_whole
 from lbgm_compress.probe.play import LookBackPlay, Play, Seen, SubspacePlay, seen_of
 from lbgm_compress.probe.report import Report, advice
 
@@ -180,9 +182,9 @@ class LookBackProbe:
         """Stop watching, and write the file, if there is to be one; the report stays."""
         self._detach()
         if self._file is not None:
-            temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-            torch.save(self.state_dict(), temporary)
-            os.replace(temporary, self._file)
+            data = io.BytesIO()
+            torch.save(self.state_dict(), data)
+            write_whole(self._file, data.getvalue(), mode=0o600)
 
     def __enter__(self) -> LookBackProbe:
         """Begin an update, if `updates` are watched."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lbgm_compress.files import write_whole
 from lbgm_compress.wire.values import as_bytes
 
 __all__ = ["pack_state", "unpack_state", "write_state"]
@@ -55,17 +54,8 @@ def unpack_state(data: bytes) -> Any:
 
 
 def write_state(path: Path, state: Any) -> None:
-    """Write a state to a file; whoever is killed meanwhile, or loses power, keeps the old one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(pack_state(state))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write a state to a file that only its owner reads."""
+    write_whole(path, pack_state(state), mode=0o600)
 
 
 def _check(tensors: Mapping[str, Tensor]) -> Tensor:
