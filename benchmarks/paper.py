@@ -166,13 +166,13 @@ FIGURES: dict[str, dict[str, list[Column]]] = {
     "distributed": {
         "ddp": [
             (dataclasses.replace(setting, workers=8, engine="ddp"), (DENSE, SIGNS, LBGM(SIGNS)))
-            for setting in (*FASHION, *FASHION_CNN)
+            for setting in (*FASHION, *FASHION_CNN[:1])
         ]
     },
     "options": {
         "compare": [
             *_columns(
-                FASHION,
+                FASHION[:1],
                 (
                     *(TOP, LBGM(TOP), LBGM(TOP, compare="raw")),
                     *(TopK(0.01), LBGM(TopK(0.01)), LBGM(TopK(0.01), compare="raw")),
@@ -190,7 +190,7 @@ FIGURES: dict[str, dict[str, list[Column]]] = {
         ],
         "budget": [
             *_columns(
-                FASHION,
+                FASHION[:1],
                 (
                     DENSE,
                     *(LBGM(delta=delta) for delta in (0.05, 0.2, 0.5)),
