@@ -337,7 +337,8 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
 
     every = {result.name: result for _, results in columns for result in results}
     style_of = _looks(list(every.values()))
-    lines = -(-len(every) // 3)
+    across = 2 if len(columns) < 3 else 3
+    lines = -(-len(every) // across)
     figure, grid = pyplot.subplots(
         3,
         len(columns),
@@ -393,7 +394,7 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
         handles,
         labels,
         loc="outside lower left",
-        ncols=3,
+        ncols=across,
         frameon=False,
         fontsize=8,
         handlelength=3,
