@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lbgm_compress.compressor import Encoding, State
 from lbgm_compress.compressors.identity import Identity
-from lbgm_compress.compressors.lbgm import LBGM, SQUARES
+from lbgm_compress.compressors.lbgm import LBGM, MARGIN, SQUARES
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.decoded import Decoded, Dense
 from lbgm_compress.endpoints import Sender
@@ -149,9 +149,15 @@ class Play:
         names = list(grads)
         made = [self.encode(which, grads, seen) for which in range(len(self.compressors))]
         # Nothing is counted before everything is made: an error leaves things as they were.
-        total, sizes = self._dense_sizes(grads)
+        total, dense = self._dense_sizes(grads)
+        sizes: dict[tuple[int, ...], tuple[int, list[int]]] = {}
         for which, (encodings, missed) in enumerate(made):
-            self._count(which, names, encodings, seen, missed, sizes)
+            key = tuple(map(id, encodings))
+            if key not in sizes:
+                bodies = [None if e.body is None else e.body() for e in encodings]
+                message = Message(0, 0, 0, [encoding.head for encoding in encodings], bodies)
+                sizes[key] = message.numel(), message.sizes()
+            self._count(which, names, encodings, seen, missed, dense, *sizes[key])
         self.rounds += 1
         self.dense_bytes += total
 
@@ -177,15 +183,15 @@ class Play:
         seen: Sequence[Seen],
         missed: Sequence[float],
         dense: Mapping[str, int],
+        message: int,
+        sizes: Sequence[int],
     ) -> None:
-        bodies = [None if encoding.body is None else encoding.body() for encoding in encodings]
-        message = Message(0, 0, 0, [encoding.head for encoding in encodings], bodies)
-        self.messages[which] += message.numel()
+        self.messages[which] += message
         total = sum(gradient.square for gradient in seen)
         self.errors[which] += sum(missed) / total if total else 0.0
         tallies, states = self.tallies[which], self.states[which]
         for name, encoding, size, gradient, lost in zip(
-            names, encodings, message.sizes(), seen, missed, strict=True
+            names, encodings, sizes, seen, missed, strict=True
         ):
             states[name] = encoding.state
             tally = tallies.setdefault(name, Tally())
@@ -267,10 +273,11 @@ class LookBackPlay(Play):
         self._exact = exact
         self._sizes: dict[str, tuple[int, Tensor]] = {}
         self._made: list[Encoding] = []
+        self._found: dict[tuple[str, int], tuple[Encoding, float]] = {}
 
     def round(self, grads: Mapping[str, Tensor], seen: Sequence[Seen]) -> None:
         inner, states = self.compressors[0].inner, self.states[0]
-        self._made = []
+        self._made, self._found = [], {}
         for (name, grad), gradient in zip(grads.items(), seen, strict=True):
             state = states.get(name, {}).get("inner") or inner.initial_state(0)
             # Gradients are known to be finite here.
@@ -280,26 +287,53 @@ class LookBackPlay(Play):
             decoded = gradient if lossless else _Once(encoding.decoded)
             self._made.append(encoding._replace(body=body, decoded=decoded))
         super().round(grads, seen)
-        self._made = []
+        self._made, self._found = [], {}
 
     def encode(
         self, which: int, grads: Mapping[str, Tensor], seen: Sequence[Seen]
     ) -> tuple[list[Encoding], list[float]]:
-        before = [self.states[which].get(name, {}) for name in grads]
-        encodings = self.compressors[which].encode_over(self._made, list(grads.values()), before)
+        # Thresholds that decide alike share their states, and what comes of them.
+        states, delta = self.states[which], _delta(self.compressors[which])
+        keys = [(name, id(states.get(name))) for name in grads]
+        rest = [i for i, key in enumerate(keys) if not self._holds(self._found.get(key), delta)]
+        if rest:
+            some = [list(grads.values())[i] for i in rest]
+            before = [states.get(keys[i][0], {}) for i in rest]
+            made = [self._made[i] for i in rest]
+            encodings = self.compressors[which].encode_over(made, some, before)
+            missed = self._missed([seen[i] for i in rest], encodings, before)
+            self._found.update(
+                zip((keys[i] for i in rest), zip(encodings, missed, strict=True), strict=True)
+            )
+        found = [self._found[key] for key in keys]
+        return [encoding for encoding, _ in found], [missed for _, missed in found]
+
+    def _holds(self, found: tuple[Encoding, float] | None, delta: float) -> bool:
+        """Whether what one threshold came to is what another comes to from the same state."""
+        if found is None:
+            return False
+        phase_error = found[0].phase_error
+        if phase_error is None:
+            return True
+        if found[0].head[0] in RECYCLED:
+            return phase_error < delta - MARGIN
+        return phase_error > delta + MARGIN
+
+    def _missed(
+        self, seen: Sequence[Seen], encodings: Sequence[Encoding], before: Sequence[State]
+    ) -> list[float]:
         parts = [
             gradient.missed(encoding, state)
             for gradient, encoding, state in zip(seen, encodings, before, strict=True)
         ]
         products = [product.double() for product, _, _ in parts if product is not None]
         values = iter(torch.stack(products).tolist() if products else [])
-        missed = [
+        return [
             0.0
             if product is None
             else max(0.0, gradient.square - 2 * rho * next(values) + rho * rho * square)
             for gradient, (product, rho, square) in zip(seen, parts, strict=True)
         ]
-        return encodings, missed
 
     def _sized(self, name: str, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Return a body of the size of this one, or of one of the last few of the tensor.
