@@ -256,7 +256,8 @@ def keep(found: Path, folder: Path) -> None:
         row.pop("bytes_to_target", None)
     # What depends on one run alone would say little about all of them.
     arguments = {k: v for k, v in summary["arguments"].items() if k not in ("out", "methods")}
-    kept = {"title": summary["title"], "arguments": arguments, "versions": summary["versions"]}
+    versions = {name: of for name, of in summary["versions"].items() if name != "platform"}
+    kept = {"title": summary["title"], "arguments": arguments, "versions": versions}
     given = " ".join(f"--{name} {value}" for name, value in arguments.items() if value is not False)
     listed = ", ".join(row["method"] for row in methods)
     kept["command"] = f"python benchmarks/compare.py {given} --methods {shlex.quote(listed)}"
