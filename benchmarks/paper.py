@@ -365,6 +365,7 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
         by_round.set_xlabel("round")
         uplink.set_xlabel("round")
         uplink.set_yscale("log")
+        uplink.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
         uplink.yaxis.set_major_formatter(FuncFormatter(tick))
         uplink.yaxis.set_minor_formatter(NullFormatter())
         by_uplink.set_xscale("log")
