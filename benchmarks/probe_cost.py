@@ -31,8 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "all, over TopK(0.1)": {"inner": TopK(0.1)},
 }
-# Steps of one case in a row: the probe's own share of the time is that of its training alone.
-TURN = 60
+# The probe's clock runs in the steps without it, too: it is given half of what it would be.
+COST = 0.05
 
 
 class Row(NamedTuple):
@@ -51,57 +51,48 @@ class Row(NamedTuple):
     """The same by the probe's own clock, which sees less of the machine's noise."""
 
 
-def steps(
-    model: str, batch: int, arguments: dict[str, Any] | None
-) -> Callable[[], tuple[float, float]]:
-    """Return a function that trains for a turn, and says how many seconds a step took.
-
-    The second number is how many of them the probe has counted for itself.
-    """
+def training(model: str, batch: int) -> tuple[nn.Module, Callable[[], float]]:
+    """Return a model, and a function that trains it for a step and says how long that took."""
     network = build(model, (1, 28, 28), 10, 0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1024, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (1024,), generator=generator)
 
-    def turn() -> tuple[float, float]:
-        # A probe of its own, whose clock runs in this turn alone.
-        probe = None if arguments is None else LookBackProbe(network, **arguments)
+    def step() -> float:
+        chosen = torch.randint(1024, (batch,), generator=generator)
         start = time.perf_counter()
-        for _ in range(TURN):
-            chosen = torch.randint(1024, (batch,), generator=generator)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images[chosen]), labels[chosen]).backward()
-            optimizer.step()
-        seconds = time.perf_counter() - start
-        if probe is None:
-            return seconds / TURN, 0.0
-        probe.close()
-        return seconds / TURN, probe.report().seconds / TURN
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+        return time.perf_counter() - start
 
-    return turn
+    return network, step
 
 
-def measure(models: list[str], batches: list[int], turns: int, console: Console) -> Iterator[Row]:
+def measure(models: list[str], batches: list[int], steps: int, console: Console) -> Iterator[Row]:
     """Measure every case."""
     for model in models:
         for batch in batches:
-            bare = steps(model, batch, None)
-            probed = {case: steps(model, batch, given) for case, given in CASES.items()}
-            bare()
-            times: dict[str, list[tuple[float, float, float]]] = {case: [] for case in CASES}
-            for _ in track(
-                range(turns),
-                f"{model}, batches of {batch}",
-                console=console,
-                disable=not console.is_terminal,
-            ):
-                for case, turn in probed.items():
-                    times[case].append((bare()[0], *turn()))
-            for case, found in times.items():
-                plain, watched, own = (statistics.median(of) for of in zip(*found, strict=True))
-                shares = watched / plain - 1, own / (watched - own)
-                yield Row(model, batch, case, 1e3 * plain, 1e3 * watched, *shares)
+            for case, given in CASES.items():
+                _, bare = training(model, batch)
+                network, watched = training(model, batch)
+                probe = LookBackProbe(network, cost=COST, **given)
+                bare()
+                pairs = [
+                    (bare(), watched())
+                    for _ in track(
+                        range(steps),
+                        f"{model}, batches of {batch}, {case}",
+                        console=console,
+                        disable=not console.is_terminal,
+                    )
+                ]
+                probe.close()
+                plain, probed = (statistics.mean(times) for times in zip(*pairs, strict=True))
+                own = probe.report().seconds / steps
+                shares = probed / plain - 1, own / (probed - own)
+                yield Row(model, batch, case, 1e3 * plain, 1e3 * probed, *shares)
 
 
 def main(arguments: list[str]) -> int:
@@ -110,7 +101,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--models", type=listed(str), default=["cnn"], help="as compare.py's (default: cnn)")
     add("--batches", type=listed(int), default=[128], help="images a step (default: 128)")
-    add("--turns", type=int, default=9, help="turns of 60 steps for each case (default: 9)")
+    add("--steps", type=int, default=400, help="steps for each case (default: 400)")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)")
     add(
         "--out",
@@ -121,8 +112,8 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        if options.turns < 1 or options.threads < 1 or min(options.batches) < 1:
-            raise ValueError("--turns, --threads and --batches are at least 1")
+        if options.steps < 1 or options.threads < 1 or min(options.batches) < 1:
+            raise ValueError("--steps, --threads and --batches are at least 1")
         for model in options.models:
             build(model, (1, 28, 28), 10, 0)
         check_file(options.out)
@@ -131,7 +122,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(unknown))
     torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    rows = list(measure(options.models, options.batches, options.turns, console))
+    rows = list(measure(options.models, options.batches, options.steps, console))
     with options.out.open("w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(Row._fields)

@@ -6,6 +6,7 @@ import csv
 
 import encode
 import memory
+import probe_cost
 import pytest
 import torch
 import wire
@@ -82,7 +83,33 @@ def test_transformer_has_as_many_parameters_as_it_says():
     assert 1.3e9 < total < 1.35e9
 
 
-@pytest.mark.parametrize("script", [wire, encode, memory])
+def test_cost_of_a_probe_is_measured_beside_a_step(tmp_path, capsys):
+    out = tmp_path / "cost.csv"
+    arguments = ["--models", "linear", "--batches", "8", "--steps", "4", "--out", str(out)]
+    assert probe_cost.main(arguments) == 0
+    rows = read(out)
+    assert [row["case"] for row in rows] == list(probe_cost.CASES)
+    for row in rows:
+        assert float(row["probed_ms"]) > 0
+        assert float(row["own_overhead"]) > 0
+    assert "by its own clock" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps, --threads and --batches are at least 1"),
+        (["--models", "vgg"], "--models: there is no model 'vgg'"),
+    ],
+)
+def test_wrong_cost_of_a_probe_is_told(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        probe_cost.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [wire, encode, memory, probe_cost])
 def test_file_that_cannot_be_written_is_told_before_measuring(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(["--out", str(tmp_path / "missing" / "x.csv")])

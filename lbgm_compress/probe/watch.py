@@ -137,6 +137,7 @@ class LookBackProbe:
         self._averages = [LookBackPlay([nearest], steps, exact) for steps in averaged]
         self._subspaces = SubspacePlay([LookBackSubspace(rank) for rank in ranks])
         self._means: list[dict[str, Tensor] | None] = [None for _ in averaged]
+        self._spare: list[dict[str, Tensor]] = [{} for _ in averaged]
         self._cost, self._updates = cost, updates
         self._seen = self._skipped = 0
         self._earlier = self._seconds = 0.0
@@ -301,20 +302,31 @@ class LookBackProbe:
 
     def _average(self, grads: dict[str, Tensor]) -> None:
         """Take means of pairs, of pairs of pairs and so on, and play each that is complete."""
-        # Sums of float16 would overflow, and its means lose digits.
-        means = {n: g.float() if g.dtype.itemsize < 4 else g.clone() for n, g in grads.items()}
+        means = grads
         for level, play in enumerate(self._averages):
             held = self._means[level]
-            if held is None or held.keys() != means.keys():
-                self._means[level] = means
+            if not held or held.keys() != means.keys():
+                self._means[level] = self._kept(level, means)
                 return
+            # In place: what is allocated in every step makes the training's own slower.
             for name, mean in means.items():
-                mean.add_(held[name]).mul_(0.5)
-            self._means[level] = None
+                held[name].add_(mean).mul_(0.5)
+            means, self._means[level] = held, None
             narrow = {name: mean.to(grads[name].dtype) for name, mean in means.items()}
             seen = seen_of(list(narrow.values()))
             if seen is not None:
                 self._extras("averages", play, narrow, seen)
+
+    def _kept(self, level: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy means to where those of this level are kept."""
+        kept = self._spare[level]
+        for name, mean in means.items():
+            if name not in kept:
+                # Sums of float16 would overflow, and its means lose digits.
+                wide = torch.float32 if mean.dtype.itemsize < 4 else mean.dtype
+                kept[name] = torch.empty_like(mean, dtype=wide)
+            kept[name].copy_(mean)
+        return {name: kept[name] for name in means}
 
     def _extras(
         self, what: str, play: Play, grads: dict[str, Tensor], seen: Sequence[Seen]
