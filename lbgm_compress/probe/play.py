@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import struct
@@ -129,7 +130,7 @@ class Tally:
     """Sum over rounds of |g - applied|^2 / |g|^2."""
 
 
-class Play:
+class Play(abc.ABC):
     """One stream of gradients, and the methods that are played on it."""
 
     def __init__(self, compressors: Sequence[LBGM | LookBackSubspace], steps: int = 1) -> None:
@@ -161,11 +162,11 @@ class Play:
         self.rounds += 1
         self.dense_bytes += total
 
+    @abc.abstractmethod
     def encode(
         self, which: int, grads: Mapping[str, Tensor], seen: Sequence[Seen]
     ) -> tuple[list[Encoding], list[float]]:
         """Return one method's encodings, and |g - applied|^2 of each."""
-        raise NotImplementedError
 
     def _dense_sizes(self, grads: Mapping[str, Tensor]) -> tuple[int, dict[str, int]]:
         key = tuple(grads)
