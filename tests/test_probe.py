@@ -631,13 +631,16 @@ def command(*arguments, launcher=(), cwd=None):
 
 def test_unmodified_script_is_watched_and_the_report_comes_at_its_end(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = command("--csv", "rows.csv", "train.py", "12", "--inner", "x", cwd=tmp_path)
+    done = command(
+        "--csv", "rows.csv", "--cost", "9", "train.py", "12", "--inner", "x", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("arguments ['12', '--inner', 'x'] __main__\n")
     # The optimizer is met at its first step.
     assert "LookBackProbe: 11 gradients" in done.stdout
     assert "\n0.weight " in done.stdout
     assert done.stderr == ""
+    assert re.search(r"LookBackSubspace\(\) +11 ", done.stdout)
     assert (tmp_path / "rows.csv").read_text().startswith("method,delta,steps,tensor")
 
 
@@ -675,6 +678,7 @@ def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
         (["--inner", "TopK(2)", "train.py"], "ratio must be above 0 and at most 1, not 2"),
         (["--deltas", "0.1,2", "train.py"], "delta must be from 0 to 1, not 2.0"),
         (["--deltas", "much", "train.py"], "'much' are not numbers: write them as 0.05,0.2"),
+        (["--cost", "0", "train.py"], "--cost must be above 0, not 0.0"),
         (["--csv", "no/rows.csv", "train.py"], "--csv no/rows.csv: there is no folder"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import math
 import os
 import runpy
 import sys
@@ -104,6 +105,12 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("--deltas", type=_numbers, default=DELTAS, help="thresholds, as 0.05,0.2 (default: five)")
     add("--inner", default="Identity()", help="what LBGM is over (default: Identity())")
+    add(
+        "--cost",
+        type=float,
+        default=0.1,
+        help="share of the time that watching may take, see LookBackProbe (default: 0.1)",
+    )
     add("--csv", metavar="FILE", help="where to write the report's rows as CSV")
     add("-m", action="store_true", dest="module", help="the script is a module, as for python -m")
     add("script", help="the training script, which steps an optimizer of torch's")
@@ -121,9 +128,11 @@ def main(arguments: Sequence[str]) -> int:
         inner = parse_compressor(options.inner)
         for delta in options.deltas:
             LBGM(inner, delta)
+        if not 0 < options.cost < math.inf:
+            raise ValueError(f"--cost must be above 0, not {options.cost}")
     except ValueError as error:
         parser.error(str(error))
-    watch = _Watch({"deltas": options.deltas, "inner": inner})
+    watch = _Watch({"deltas": options.deltas, "inner": inner, "cost": options.cost})
     sys.argv = [options.script, *options.args]
     sys.path[0] = str(Path.cwd() if options.module else script.parent)
     try:
