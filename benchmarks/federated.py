@@ -149,13 +149,16 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         sampled = sorted(order[: training.sampled()].tolist())
         total = sum(workers.sizes[worker] for worker in sampled)
         mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        decoded = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        # In open loop, what the messages hold is decoded and left.
+        into = mean
+        if training.open_loop:
+            into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         uplink = recycled = tensors = 0
         updates = update(weights, sampled)
         for i, worker in enumerate(sampled):
             message = senders[worker].compress({name: g[i] for name, g in updates.items()})
             share = workers.sizes[worker] / total
-            receiver.accumulate(worker, message, decoded if training.open_loop else mean, share)
+            receiver.accumulate(worker, message, into, share)
             if training.open_loop:
                 for name, g in updates.items():
                     mean[name].add_(g[i], alpha=share)

@@ -29,6 +29,7 @@ from command_line import (
     positive,
 )
 from datasets import Dataset, DatasetMissing, load
+from federated import evaluate
 from models import build
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,8 +41,6 @@ from lbgm_compress.analysis import GradientSpace
 from lbgm_compress.files import write_whole
 
 INTERRUPTED = 130
-# Images that are evaluated at a time: a residual network's activations are large.
-EVALUATED = 500
 
 
 class Epoch(NamedTuple):
@@ -68,17 +67,6 @@ def limited(dataset: Dataset, images: int | None, test_images: int | None, seed:
         dataset.test_images[test],
         dataset.test_labels[test],
     )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the share of labels that the model gets right, and the mean cross-entropy."""
-    right = loss = 0.0
-    for part, truth in zip(images.split(EVALUATED), labels.split(EVALUATED), strict=True):
-        logits = model(part)
-        loss += nn.functional.cross_entropy(logits, truth, reduction="sum").item()
-        right += (logits.argmax(1) == truth).sum().item()
-    return right / len(labels), loss / len(labels)
 
 
 def train(
@@ -109,7 +97,7 @@ def train(
             optimizer.step()
         if not all(gradient.isfinite().all() for gradient in total.values()):
             raise Diverged(f"the gradient of epoch {number} is not finite: take a smaller --lr")
-        yield total, Epoch(*evaluate(model, *test))
+        yield total, Epoch(*evaluate(model, dict(model.named_parameters()), *test))
 
 
 # --- the results ---------------------------------------------------------------------------------

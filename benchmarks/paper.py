@@ -236,6 +236,15 @@ def _summary(folder: Path) -> dict[str, Any]:
     return kept
 
 
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
+    """Write rows whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue().encode())
+
+
 def keep(found: Path, folder: Path) -> None:
     """Add the finished methods of a run of compare.py to what is kept of the setting."""
     summary = _summary(found)
@@ -246,10 +255,6 @@ def keep(found: Path, folder: Path) -> None:
     names = {row["method"] for row in finished}
     rows = [row for row in _rows(folder) if row["method"] not in names]
     rows += [row for row in _rows(found) if row["method"] in names]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     methods = [row for row in _summary(folder)["methods"] if row["method"] not in names] + finished
     for row in methods:
         # They depend on which methods ran beside it.
@@ -261,7 +266,7 @@ def keep(found: Path, folder: Path) -> None:
     given = " ".join(f"--{name} {value}" for name, value in arguments.items() if value is not False)
     listed = ", ".join(row["method"] for row in methods)
     kept["command"] = f"python benchmarks/compare.py {given} --methods {shlex.quote(listed)}"
-    write_whole(folder / "rounds.csv", text.getvalue().encode())
+    write_csv(folder / "rounds.csv", COLUMNS, rows)
     write_whole(
         folder / "summary.json",
         (json.dumps({**kept, "methods": methods}, indent=1) + "\n").encode(),
@@ -450,15 +455,6 @@ def table_of(rows: Sequence[dict[str, str]], title: str) -> Table:
     return table
 
 
-def write_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Write a figure's table as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, HEADINGS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(file, text.getvalue().encode())
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -529,10 +525,9 @@ def run(options: Any, columns: Sequence[Column], folder: Path) -> int:
         with tempfile.TemporaryDirectory() as found:
             arguments = setting.arguments(options.device, options.quick)
             arguments += ["--seed", str(options.seed), "--methods", ", ".join(map(repr, missing))]
-            if options.data_dir is not None and not options.quick:
-                arguments += (
-                    ["--data-dir", options.data_dir] if setting.dataset == "fashion-mnist" else []
-                )
+            asked = options.data_dir is not None and not options.quick
+            if asked and setting.dataset == "fashion-mnist":
+                arguments += ["--data-dir", options.data_dir]
             status = compare.main([*arguments, "--out", found])
             if status in (0, compare.INTERRUPTED):
                 keep(Path(found), where)
@@ -572,7 +567,7 @@ def main(arguments: list[str]) -> int:
             draw(picture, results, title)
             console.print(f"Drawn: {picture}", soft_wrap=True)
     rows = rows_of(folder, columns, options.device)
-    write_rows(folder / f"{options.figure}{_suffix(options.device)}.csv", rows)
+    write_csv(folder / f"{options.figure}{_suffix(options.device)}.csv", HEADINGS, rows)
     console.print(table_of(rows, options.figure))
     return status
 

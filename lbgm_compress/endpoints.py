@@ -21,6 +21,7 @@ from lbgm_compress.wire.message import (
     Message,
     layout_hash,
     look_back_check,
+    recycles,
 )
 
 __all__ = ["Receiver", "Sender", "TensorReport"]
@@ -160,7 +161,7 @@ class Sender:
             }
         self._report = {
             name: TensorReport(
-                recycled=_recycled(kind),
+                recycled=recycles(kind),
                 phase_error=encoding.phase_error,
                 bytes=size,
             )
@@ -383,7 +384,7 @@ class Receiver:
         names = self._names(names)
         parts = self._unpack(message, names)
         return {
-            name: TensorReport(_recycled(head[0]), None, size)
+            name: TensorReport(recycles(head[0]), None, size)
             for name, head, size in zip(names, parts.heads, parts.sizes(), strict=True)
         }
 
@@ -500,10 +501,6 @@ class Receiver:
     def _commit(self, sender_id: int | str, states: dict[str, dict[str, Any]]) -> None:
         if states:
             self._senders.setdefault(sender_id, {}).update(states)
-
-
-def _recycled(kind: int) -> bool:
-    return bool(kind & Kind.USES) and not kind & Kind.SETS
 
 
 def _tensor_bytes(state: Any) -> int:

@@ -95,8 +95,8 @@ def test_gradient_of_an_epoch_is_the_sum_of_its_steps(tmp_path, monkeypatch):
     assert len(dataset.train_labels) == 500
     weights = {}
 
-    def evaluate(model, images, labels):
-        weights.update({name: w.detach().clone() for name, w in model.named_parameters()})
+    def evaluate(model, parameters, images, labels):
+        weights.update({name: w.detach().clone() for name, w in parameters.items()})
         return 0.0, 0.0
 
     monkeypatch.setattr(gradient_space, "evaluate", evaluate)

@@ -321,6 +321,14 @@ def test_error_in_a_client_counts_nothing():
     assert probe.report().rounds == 0
 
 
+def test_failure_of_the_probe_in_a_client_leaves_its_round_alone(monkeypatch):
+    probe = LookBackProbe(network(), updates=True)
+    monkeypatch.setattr(LookBackProbe, "_round", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="stopped watching: ZeroDivisionError"), probe:
+        pass
+    assert probe.report().stopped.startswith("ZeroDivisionError")
+
+
 def test_file_of_another_probe_is_refused(tmp_path):
     run = training_run(5)
     with LookBackProbe(parameters_like(run), updates=True, file=tmp_path / "a.pt"):

@@ -180,7 +180,8 @@ class LBGM(Compressor):
                     "square_norm": angle.square_norm,
                     "inner": encoding.state,
                 }
-                results.append(_full(angle, encoding, grad, state))
+                body = _without_kind(encoding, grad.device)
+                results.append(_full(angle, encoding.decoded, body, state))
         return results
 
     def _encode_raw(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
@@ -216,9 +217,8 @@ class LBGM(Compressor):
                 "square_norm": angle.square_norm,
                 "inner": encoding.state,
             }
-            head = struct.pack("<Bf", FULL, 1.0)
             body = functools.partial(_same, payload)
-            results[i] = Encoding(head, body, encoding.decoded, state, angle.phase_error)
+            results[i] = _full(angle, encoding.decoded, body, state)
         return [results[i] for i in range(len(grads))]
 
     def decode(
@@ -251,10 +251,10 @@ def _recycled(angle: Angle, decoded: Decoded, state: State) -> Encoding:
     return Encoding(head, None, decoded, state, angle.phase_error)
 
 
-def _full(angle: Angle, inner: Encoding, grad: Tensor, state: State) -> Encoding:
-    head = struct.pack("<Bf", FULL, 1.0)
-    body = _without_kind(inner, grad.device)
-    return Encoding(head, body, inner.decoded, state, angle.phase_error)
+def _full(
+    angle: Angle, decoded: Decoded, body: Callable[[], Tensor] | None, state: State
+) -> Encoding:
+    return Encoding(struct.pack("<Bf", FULL, 1.0), body, decoded, state, angle.phase_error)
 
 
 def _same(payload: Tensor) -> Tensor:

@@ -20,13 +20,11 @@ from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.decoded import Decoded, Dense
 from lbgm_compress.endpoints import Sender
 from lbgm_compress.probe.report import Row
-from lbgm_compress.wire.message import Kind, Message
+from lbgm_compress.wire.message import Kind, Message, recycles
 
 __all__ = ["LookBackPlay", "Play", "Seen", "SubspacePlay", "seen_of"]
 
 RAW = int(Kind.RAW)
-# Kinds of payload that look back and set nothing new.
-RECYCLED = frozenset(int(kind) for kind in (Kind.USES, Kind.USES | Kind.BODY))
 # Of so many full payloads of a tensor one is made, unless all are wanted: coding takes time.
 SIZED_EVERY = 8
 NOTHING = torch.zeros(1, dtype=torch.uint8)
@@ -200,7 +198,7 @@ class Play(abc.ABC):
             tally.bytes += size
             tally.dense_bytes += dense[name]
             tally.error += lost / gradient.square if gradient.square else 0.0
-            if encoding.head[0] in RECYCLED:
+            if recycles(encoding.head[0]):
                 tally.recycled += 1
             else:
                 tally.full_bytes += size
@@ -298,7 +296,8 @@ class LookBackPlay(Play):
         keys = [(name, id(states.get(name))) for name in grads]
         rest = [i for i, key in enumerate(keys) if not self._holds(self._found.get(key), delta)]
         if rest:
-            some = [list(grads.values())[i] for i in rest]
+            tensors = list(grads.values())
+            some = [tensors[i] for i in rest]
             before = [states.get(keys[i][0], {}) for i in rest]
             made = [self._made[i] for i in rest]
             encodings = self.compressors[which].encode_over(made, some, before)
@@ -316,7 +315,7 @@ class LookBackPlay(Play):
         phase_error = found[0].phase_error
         if phase_error is None:
             return True
-        if found[0].head[0] in RECYCLED:
+        if recycles(found[0].head[0]):
             return phase_error < delta - MARGIN
         return phase_error > delta + MARGIN
 

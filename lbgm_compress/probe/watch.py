@@ -204,7 +204,9 @@ class LookBackProbe:
     ) -> None:
         """Take the update, unless an error ended the block, and close."""
         if self._updates and kind is None:
-            self.observe({n: self._start[n] - p.detach() for n, p in self._parameters.items()})
+            with self._guarded():
+                names = sorted(self._parameters)
+                self._round({n: self._start[n] - self._parameters[n].detach() for n in names})
         self._start = {}
         self.close()
 

@@ -56,6 +56,7 @@ __all__ = [
     "body_size",
     "layout_hash",
     "look_back_check",
+    "recycles",
 ]
 
 VERSION = 1
@@ -69,6 +70,15 @@ class Kind(enum.IntFlag):
     RAW = 2
     USES = 4
     SETS = 8
+
+
+# Operations on members of an enumeration are slow.
+USES, SETS = int(Kind.USES), int(Kind.SETS)
+
+
+def recycles(kind: int) -> bool:
+    """Whether a payload of this kind looks back and sets nothing new."""
+    return kind & (USES | SETS) == USES
 
 
 def layout_hash(compressor: str, tensors: Iterable[tuple[str, Sequence[int], torch.dtype]]) -> int:
