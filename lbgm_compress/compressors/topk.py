@@ -101,35 +101,36 @@ def _largest(flat: Tensor, k: int) -> Tensor:
 
 
 def _largest_on_cpu(flat: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
-    magnitudes = np.abs(flat)
-    indices = _candidates(magnitudes, k)
-    if indices.size <= k:
+    indices = _candidates(flat, k)
+    excess = indices.size - k
+    if excess <= 0:
         return indices
-    magnitudes = magnitudes[indices]
-    smallest = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
-    chosen = magnitudes > smallest
-    ties = np.flatnonzero(magnitudes == smallest)[: k - np.count_nonzero(chosen)]
-    chosen[ties] = True
+    magnitudes = np.abs(flat[indices])
+    smallest = np.partition(magnitudes, excess)[excess]
+    chosen = magnitudes >= smallest
+    ties = np.count_nonzero(chosen) - k
+    if ties:
+        chosen[np.flatnonzero(magnitudes == smallest)[-ties:]] = False
     kept: npt.NDArray[np.int64] = indices[chosen]
     return kept
 
 
-def _candidates(magnitudes: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
-    """Return ascending indices among which the k largest nonzero magnitudes are.
+def _candidates(flat: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
+    """Return ascending indices among which the k nonzero entries of largest magnitude are.
 
     A sample tells a threshold that slightly more than k magnitudes should reach. If fewer than k
     do, every nonzero entry is a candidate.
     """
-    n = magnitudes.size
-    step = n // 16384
-    if step > 1 and k < n // 2:
+    step = flat.size // 16384
+    if step > 1 and k < flat.size // 2:
         # An odd step does not fall into the rhythm of rows and channels.
-        sample = magnitudes[:: step | 1]
-        expected = k / n * sample.size
+        sample = np.abs(flat[:: step | 1])
+        expected = k / flat.size * sample.size
         rank = min(sample.size, math.ceil(expected + 4 * math.sqrt(expected) + 2))
         threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
         if threshold > 0:
-            indices = np.flatnonzero(magnitudes >= threshold)
+            # Compared twice, without the magnitudes of all: they would be written, and read again.
+            indices = np.flatnonzero((flat >= threshold) | (flat <= -threshold))
             if indices.size >= k:
                 return indices
-    return np.flatnonzero(magnitudes)
+    return np.flatnonzero(flat)
