@@ -321,10 +321,11 @@ def probe(mbit: float) -> None:
     sizes = [PROBE_BYTES if other == 1 else 0 for other in range(ranks)]
     parts = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
     eight, head = torch.zeros(8, dtype=torch.uint8), torch.zeros(16 + 8 * 5, dtype=torch.uint8)
+    rows = [torch.empty_like(eight) for _ in range(ranks)]
     steps: dict[str, tuple[int, Callable[[], object]]] = {
         "body_ms": (5, lambda: transport.gather_unequal(parts)),
         "head_ms": (200, lambda: transport.gather_equal(head)),
-        "eight_bytes_ms": (200, lambda: transport.gather_equal(eight)),
+        "eight_bytes_ms": (200, lambda: dist.all_gather(rows, eight, group=group)),
     }
     found = {}
     for name, (repeats, step) in steps.items():

@@ -30,6 +30,8 @@ from lbgm_compress.exchange import Transport, gather_texts
 __all__ = ["Average", "Averager", "Worker", "ready_event", "stream_after", "sum_dtype"]
 
 FORMAT = 1
+# Seconds to wait for a thread whose owner is gone; it may be waiting for a rank that is, too.
+END_TIMEOUT = 5.0
 STATE_KEYS = frozenset({"format", "rank", "world_size", "step", "sender", "receiver"})
 
 
@@ -335,8 +337,9 @@ class Worker:
     def __init__(self, owner: object) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon: it must not keep a process alive whose peers are gone.
-        threading.Thread(target=_work, args=(self._tasks,), daemon=True).start()
-        weakref.finalize(owner, self._tasks.put, None)
+        thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True)
+        thread.start()
+        weakref.finalize(owner, _end, self._tasks, thread)
 
     def submit(self, task: Callable[[], None]) -> None:
         """Do a task, which must not raise, after those before it."""
@@ -366,6 +369,16 @@ def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         task()
         # Else it would keep its gradients alive until the next one.
         del task
+
+
+def _end(tasks: queue.SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
+    """Have the thread end, at the interpreter's end at the latest.
+
+    A thread that frees tensors while the interpreter is taken down aborts the process.
+    """
+    tasks.put(None)
+    if thread is not threading.current_thread():
+        thread.join(END_TIMEOUT)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Messages of unequal size between ranks.
 
 A message is a head of fixed size and a body (`lbgm_compress.wire.message`). An exchange over a
-process group takes two phases: all ranks gather the heads in one collective of fixed size; only if
-some head announces a body do they gather the bodies. When every tensor of every rank is recycled,
-there is no second phase.
+process group takes two phases: all ranks swap the heads, which are of fixed size; only if some head
+announces a body do they gather the bodies. When every tensor of every rank is recycled, there is no
+second phase.
 
 The bodies of a group on the CPU go round a ring in chunks, so that a rank passes on the beginning
 of a body while its end is still on its way: a single large body takes about its own time on one
@@ -36,6 +36,8 @@ __all__ = [
 CHUNK = 256 * 1024
 # So much of a head says how long the message is.
 FRONT = 8
+# The tag of data of equal size; chunks have those that follow.
+EQUAL = 0
 
 
 class Pending(NamedTuple):
@@ -77,8 +79,29 @@ class ProcessGroupTransport(Transport):
 
     def gather_equal(self, data: Tensor) -> Tensor:
         rows = data.new_empty(self.size, data.numel())
-        dist.all_gather(list(rows), data, group=self.group)
+        if data.device.type == "cpu":
+            self._swap(data, rows)
+        else:
+            dist.all_gather(list(rows), data, group=self.group)
         return rows
+
+    def _swap(self, data: Tensor, rows: Tensor) -> None:
+        """Fill `rows` with the data of all ranks, each sent straight to each.
+
+        Not by a collective: gloo's threads let go of a collective's tensors some time after it is
+        over, which takes Python's lock, and if the interpreter ends meanwhile the process is
+        aborted (pytorch #190489). Sends and receives belong to those who wait for them.
+        """
+        peers = [(self.rank + step) % self.size for step in range(1, self.size)]
+        works = [
+            dist.irecv(rows[peer], group=self.group, group_src=peer, tag=EQUAL)
+            for peer in reversed(peers)
+        ]
+        works += [dist.isend(data, group=self.group, group_dst=peer, tag=EQUAL) for peer in peers]
+        rows[self.rank] = data
+        for work in works:
+            assert work is not None
+            work.wait()
 
     def start(self, message: Tensor, head_size: int, key: str) -> Pending:
         # Collectives that gloo runs side by side get mixed up: this one is over when it returns.
@@ -124,7 +147,7 @@ class ProcessGroupTransport(Transport):
 
         def chunks(origin: int) -> list[tuple[int, Tensor]]:
             # Both ends number the chunks alike, so that no tag means two of them.
-            before = sum(-(-parts[rank].numel() // CHUNK) for rank in range(origin))
+            before = 1 + EQUAL + sum(-(-parts[rank].numel() // CHUNK) for rank in range(origin))
             part = parts[origin]
             pieces = [part[start : start + CHUNK] for start in range(0, part.numel(), CHUNK)]
             return list(enumerate(pieces, start=before))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from lbgm_compress import LBGM, ErrorFeedback, Identity, LookBackSubspace, Sender, TopK
-from lbgm_compress.averaging import Averager
+from lbgm_compress.averaging import Averager, Worker
 from lbgm_compress.exchange import CHUNK, ProcessGroupTransport, exchange, gather_texts
 from tests.ranks import run_ranks
 
@@ -155,3 +157,33 @@ def weighted(rank):
 def test_ranks_count_by_their_weights():
     for average in run_ranks(weighted, 3):
         assert torch.allclose(average, torch.full((3,), (0 * 1 + 6 * 2 + 12 * 3) / 6))
+
+
+def refuse(*_, **__):
+    raise AssertionError("gloo's threads hold the tensors of a collective after it is over")
+
+
+def average_without_collectives(rank):
+    averager = Averager(LBGM(TopK(0.1)), {"w": torch.empty(50)}, transport_of(3))
+    for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "broadcast"):
+        setattr(dist, name, refuse)
+    averager.agree()
+    for _ in range(3):
+        averager.start({"w": torch.full((50,), 6.0)}).finish({"w": torch.zeros(50)})
+    return True
+
+
+def test_ranks_on_the_cpu_leave_nothing_with_the_threads_of_the_engine():
+    assert run_ranks(average_without_collectives, 3) == [True] * 3
+
+
+def test_thread_is_over_when_its_owner_is_gone():
+    class Owner:
+        pass
+
+    before, owner = set(threading.enumerate()), Owner()
+    worker = Worker(owner)
+    [thread] = set(threading.enumerate()) - before
+    worker.run(lambda: None)
+    del owner
+    assert not thread.is_alive()

@@ -43,13 +43,17 @@ def run(use, tmp_path, sign):
     if use == "DDP":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(
-            [*launch, "--nproc-per-node=2", str(program)],
-            capture_output=True,
-            text=True,
-            timeout=100,
-            env=environment,
-        )
+        # Now and then torch aborts a rank by itself; only without the change is that not ours.
+        for _ in range(2 if sign == "-" else 1):
+            done = subprocess.run(
+                [*launch, "--nproc-per-node=2", str(program)],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                env=environment,
+            )
+            if "terminate called without an active exception" not in done.stderr:
+                break
         assert done.returncode == 0, done.stderr
         return
     path = os.pathsep.join([str(ROOT), *([checkout()] if use == "GRACE" else [])])
