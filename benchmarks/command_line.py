@@ -14,6 +14,7 @@ from datasets import IMAGES
 from models import IMAGE_MODELS
 
 __all__ = [
+    "INTERRUPTED",
     "Parser",
     "add_data_and_model",
     "check_common",
@@ -23,6 +24,9 @@ __all__ = [
     "number_in",
     "positive",
 ]
+
+# The exit status of what a keyboard interrupt ended.
+INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import (
+    INTERRUPTED,
     Parser,
     add_data_and_model,
     check_common,
@@ -36,7 +37,6 @@ from report import (
     MethodResult,
     cells,
     headings,
-    human_bytes,
     summarise,
     write_files,
     write_rounds,
@@ -58,10 +58,10 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress.expression import parse_compressors
+from lbgm_compress.units import human_bytes
 
 # Options that only shape the default methods, with their defaults.
 METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}
-INTERRUPTED = 130
 
 
 def batch_size(text: str) -> int | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from command_line import Parser, check_folder, listed
+from command_line import INTERRUPTED, Parser, check_folder, listed
 from datasets import Dataset, DatasetMissing, load, load_plays
 from engines import running
 from federated import Round, Training, run
@@ -44,7 +44,6 @@ from lbgm_compress import (
 )
 from lbgm_compress.expression import parse_compressor
 
-INTERRUPTED = 130
 TEST_IMAGES = 4000
 EVALUATIONS = 20
 # A run's accuracy is the mean of this many evaluations, the last ones.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from command_line import (
+    INTERRUPTED,
     Parser,
     add_data_and_model,
     check_common,
@@ -39,8 +40,6 @@ from torch import Tensor, nn
 import lbgm_compress
 from lbgm_compress.analysis import GradientSpace
 from lbgm_compress.files import write_whole
-
-INTERRUPTED = 130
 
 
 class Epoch(NamedTuple):

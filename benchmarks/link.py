@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command_line import Parser, check_folder, listed
+from command_line import INTERRUPTED, Parser, check_folder, listed
 from datasets import Dataset, DatasetMissing, load
 from models import build
 from rich.console import Console
@@ -62,7 +62,6 @@ METHODS = (
 # Images a step of all ranks together.
 CASES = {"large": 1024, "small": 64}
 PORT = 29500
-INTERRUPTED = 130
 PROBE_BYTES = 4_000_000
 
 

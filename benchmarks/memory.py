@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from command_line import Parser, check_file
-from report import human_bytes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from lbgm_compress import Receiver, Sender
 from lbgm_compress.expression import parse_compressor
+from lbgm_compress.units import human_bytes
 
 MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
     "ResNet-50": resnet50_shapes,

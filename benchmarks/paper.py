@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import compare
-from command_line import Parser, check_folder
+from command_line import INTERRUPTED, Parser, check_folder
 from federated import Round
-from report import COLUMNS, MethodResult, human_bytes, styles, tick
+from report import COLUMNS, MethodResult, styles, tick
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +39,7 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress.files import write_whole
+from lbgm_compress.units import human_bytes
 
 DENSE, LOOK_BACK = Identity(), LBGM()
 TOP, ATOMO, SIGNS = TopK(0.1), Atomo(2), SignSGD(scaled=True)
@@ -60,6 +61,8 @@ class Setting:
     workers: int = 100
     participation: float = 1.0
     engine: str = "process"
+    images: int | None = None
+    """Of each worker; None for all, or what the CPU has time for."""
 
     @property
     def name(self) -> str:
@@ -69,6 +72,8 @@ class Setting:
             parts.append(f"sampled-{self.participation:g}")
         if self.engine != "process":
             parts.append(f"{self.engine}-{self.workers}")
+        if self.images:
+            parts.append(f"images-{self.images}")
         return "-".join(parts)
 
     @property
@@ -77,7 +82,10 @@ class Setting:
         split = {"iid": "iid", "classes:3": "3 classes a worker"}[self.partition]
         sampled = f", {self.participation:.0%} a round" if self.participation < 1 else ""
         rate = "" if self.model == "linear" and self.engine == "process" else f", lr {self.lr:g}"
-        return f"{self.dataset}, {self.model}{rate}\n{self.workers} workers, {split}{sampled}"
+        images = f", {self.images} images each" if self.images else ""
+        return (
+            f"{self.dataset}, {self.model}{rate}\n{self.workers} workers, {split}{sampled}{images}"
+        )
 
     def arguments(self, device: str, quick: bool) -> list[str]:
         """Return the command line of compare.py, without methods and folder.
@@ -100,7 +108,10 @@ class Setting:
             values["engine"] = self.engine
         if device != "cpu":
             values["device"] = device
-        if self.model != "linear" and device == "cpu":
+        if self.images:
+            values["images"] = self.images
+            values["evaluate-every"] = 10
+        elif self.model != "linear" and device == "cpu":
             values["images"] = 2000 // self.workers
             values["test-images"] = 2000
             values["evaluate-every"] = 4
@@ -140,6 +151,10 @@ FIGURES: dict[str, dict[str, list[Column]]] = {
         "cnn": _columns((*MNIST_CNN, *FASHION_CNN), (DENSE, LOOK_BACK)),
         "cnn-slow": _columns(
             _settings("fashion-mnist", "cnn", lr=0.01, rounds=100), (DENSE, LOOK_BACK)
+        ),
+        "cnn-long": _columns(
+            _settings("fashion-mnist", "cnn", images=100, rounds=300)[:1],
+            (DENSE, LBGM(delta=0.05), LOOK_BACK),
         ),
     },
     "threshold": {
@@ -285,7 +300,8 @@ def _suffix(device: str) -> str:
 def results_of(folder: Path, methods: Iterable[Compressor]) -> list[MethodResult]:
     """Read the rounds of these methods, as far as they are kept."""
     rows: dict[str, list[Round]] = {}
-    every = int(_summary(folder).get("arguments", {}).get("evaluate-every", 1))
+    arguments = _summary(folder).get("arguments", {})
+    every, last = int(arguments.get("evaluate-every", 1)), int(arguments.get("rounds", 0))
     for row in _rows(folder):
         number = int(row["round"])
         rows.setdefault(row["method"], []).append(
@@ -296,7 +312,7 @@ def results_of(folder: Path, methods: Iterable[Compressor]) -> list[MethodResult
                 int(row["uplink_bytes"]),
                 float(row["recycled_share"]),
                 float(row["seconds"]),
-                evaluated=number == 1 or number % every == 0,
+                evaluated=number in (1, last) or number % every == 0,
             )
         )
     return [
@@ -529,7 +545,7 @@ def run(options: Any, columns: Sequence[Column], folder: Path) -> int:
             if asked and setting.dataset == "fashion-mnist":
                 arguments += ["--data-dir", options.data_dir]
             status = compare.main([*arguments, "--out", found])
-            if status in (0, compare.INTERRUPTED):
+            if status in (0, INTERRUPTED):
                 keep(Path(found), where)
             if status:
                 return status
@@ -576,4 +592,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit(compare.INTERRUPTED)
+        sys.exit(INTERRUPTED)

@@ -17,6 +17,7 @@ from federated import Round
 
 from lbgm_compress import LBGM, Compressor, ErrorFeedback
 from lbgm_compress.files import write_whole
+from lbgm_compress.units import human_bytes
 
 __all__ = [
     "COLUMNS",
@@ -24,7 +25,6 @@ __all__ = [
     "MethodResult",
     "cells",
     "headings",
-    "human_bytes",
     "styles",
     "summarise",
     "tick",
@@ -89,18 +89,6 @@ class MethodResult:
             if round_.accuracy >= accuracy:
                 return total
         return None
-
-
-def human_bytes(number: float) -> str:
-    """Write a number of bytes in decimal units, with three digits."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    unit = 0
-    # 999.5 would be written as 1000: it belongs to the next unit.
-    while number >= 999.5 and unit < len(units) - 1:
-        number /= 1000
-        unit += 1
-    decimals = 0 if unit == 0 or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{decimals}f} {units[unit]}"
 
 
 def summarise(

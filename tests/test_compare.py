@@ -19,7 +19,6 @@ from compare import build_parser, methods_of
 from datasets import load
 from federated import Training, run
 from partition import partition, subsets
-from report import human_bytes
 
 from lbgm_compress import (
     LBGM,
@@ -30,6 +29,7 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
+from lbgm_compress.units import human_bytes
 from tests.horovod_ranks import needs_horovod
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ import json
 import compare
 import paper
 import pytest
+from command_line import INTERRUPTED
 
 from lbgm_compress import LBGM, Identity
 from lbgm_compress.expression import parse_compressor
@@ -125,9 +126,8 @@ def test_every_run_of_every_figure_is_one_that_compare_takes(figure):
                 )
                 assert compare.methods_of(options) == list(methods)
                 assert options.device == ("cpu" if setting.engine != "process" else device)
-                assert (options.images is None) == (
-                    not quick and (setting.model == "linear" or options.device == "cuda")
-                )
+                whole = setting.model == "linear" or options.device == "cuda"
+                assert (options.images is None) == (whole and not quick and not setting.images)
             assert parse_compressor(repr(methods[-1])) == methods[-1]
     if figure in ("standalone", "sampled", "stacked"):
         assert any("classes-3" in name for name in settings)
@@ -142,7 +142,7 @@ def test_interrupted_figure_keeps_what_is_finished(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "train", stopped)
     only = ["--only", "fashion-mnist-linear-iid", "--out", str(tmp_path)]
-    assert paper.main(["standalone", "--quick", *only]) == compare.INTERRUPTED
+    assert paper.main(["standalone", "--quick", *only]) == INTERRUPTED
     assert [row["method"] for row in read(tmp_path / "standalone.csv")] == ["Identity()"]
     assert (tmp_path / "standalone-linear.png").exists()
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from lbgm_compress.units import human_bytes
+
 __all__ = ["Report", "Row", "advice"]
 
 # Shares of the bytes above which a saving is worth a line of advice.
@@ -97,8 +99,8 @@ class Report:
     def _summary(self) -> str:
         skipped = f", {self.skipped} with inf or nan left out" if self.skipped else ""
         return (
-            f"LookBackProbe: {_count(self.rounds)} of {_human(self.dense_bytes)} watched{skipped}; "
-            f"watching took {self.share_of_time:.1%} of the time"
+            f"LookBackProbe: {_count(self.rounds)} of {human_bytes(self.dense_bytes)} watched"
+            f"{skipped}; watching took {self.share_of_time:.1%} of the time"
         )
 
     def _methods(self) -> list[Sequence[str]]:
@@ -112,7 +114,7 @@ class Report:
                     row.method + averaged,
                     str(row.rounds),
                     f"{row.recycled_share:.1%}",
-                    _human(row.bytes_per_step),
+                    human_bytes(row.bytes_per_step),
                     f"{row.of_dense:.2%}",
                     f"{row.relative_error:.1%}",
                 )
@@ -190,13 +192,6 @@ def _too_few(rounds: int, skipped: int, updates: bool) -> str:
 
 def _count(rounds: int) -> str:
     return "1 gradient" if rounds == 1 else f"{rounds} gradients"
-
-
-def _human(number: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} bytes"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -304,6 +304,9 @@ class LookBackProbe:
 
     def _average(self, grads: dict[str, Tensor]) -> None:
         """Take means of pairs, of pairs of pairs and so on, and play each that is complete."""
+        # Means that could not be played are not begun: to take them costs, too.
+        if not any(self._means) and not self._affords("averages"):
+            return
         means = grads
         for level, play in enumerate(self._averages):
             held = self._means[level]
@@ -333,17 +336,21 @@ class LookBackProbe:
     def _extras(
         self, what: str, play: Play, grads: dict[str, Tensor], seen: Sequence[Seen]
     ) -> None:
-        """Play if it can be afforded: half of what the thresholds leave of the cost."""
-        start = time.perf_counter()
-        if self._cost is not None:
-            most = self._cost * (self._earlier + start - self._began)
-            left = max(most - (self._seconds - sum(self._extra.values())), most / 10)
-            # As much again as the last time, which is nothing the first time.
-            if self._extra[what] + self._last[what] > left / 2:
-                return
-        play.round(grads, seen)
-        self._last[what] = time.perf_counter() - start
-        self._extra[what] += self._last[what]
+        """Play if it can be afforded."""
+        if self._affords(what):
+            start = time.perf_counter()
+            play.round(grads, seen)
+            self._last[what] = time.perf_counter() - start
+            self._extra[what] += self._last[what]
+
+    def _affords(self, what: str) -> bool:
+        """Whether half of what the thresholds leave of the cost is enough for a round of this."""
+        if self._cost is None:
+            return True
+        most = self._cost * self._elapsed()
+        left = max(most - (self._seconds - sum(self._extra.values())), most / 10)
+        # As much again as the last time, which is nothing the first time.
+        return self._extra[what] + self._last[what] <= left / 2
 
     # --- what was seen ---------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from flwr.serverapp.strategy import Result
 
-__all__ = ["plot"]
+from lbgm_compress.units import byte_unit
 
-UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+__all__ = ["plot"]
 
 
 def plot(
@@ -55,7 +55,7 @@ def plot(
     numbers = sorted(rounds)
     uplink = [rounds[number]["train"]["uplink-bytes"] for number in numbers]
     dense = [rounds[number]["train"]["dense-bytes"] for number in numbers]
-    size, unit = next(pair for pair in UNITS if max(dense) >= pair[0] or pair[0] == 1)
+    size, unit = byte_unit(max(dense))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(numbers, [count / size for count in uplink], label="sent", color="C0")
@@ -76,7 +76,7 @@ def plot(
         value = _value(rounds[number], accuracy)
         if value is not None:
             reached.append((total, value))
-    size, unit = next(pair for pair in UNITS if total >= pair[0] or pair[0] == 1)
+    size, unit = byte_unit(total)
     right.plot([sent / size for sent, _ in reached], [value for _, value in reached], "o-", ms=3)
     right.set_xlabel(f"uplink so far, {unit}")
     right.set_ylabel(accuracy)

@@ -51,6 +51,7 @@ from lbgm_compress.adapters.flower.update import (
     tensor_of,
 )
 from lbgm_compress.compressor import Compressor
+from lbgm_compress.units import human_bytes
 from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressedStrategy"]
@@ -249,7 +250,7 @@ class CompressedStrategy(Strategy):
         logger.info("\t│\t├── Sent as they are: %s", ", ".join(self.exclude) or "integers alone")
         rounds, most = self._held.keep_rounds, self._held.memory_limit
         keep = "for good" if rounds is None else f"for {rounds} rounds"
-        limit = "no limit" if most is None else f"at most {_human(most)}"
+        limit = "no limit" if most is None else f"at most {human_bytes(most)}"
         last = "├" if self.totals.replies else "└"
         logger.info("\t│\t%s── Held of a client: %s, %s", last, keep, limit)
         if self.totals.replies:
@@ -479,7 +480,7 @@ class CompressedStrategy(Strategy):
         reply.content = RecordDict({asked.key: arrays, **others})
 
     def _held_now(self) -> tuple[int, str]:
-        return len(self._held), _human(self._held.nbytes())
+        return len(self._held), human_bytes(self._held.nbytes())
 
     def _start_line(self, server_round: int, tally: Tally, metrics: MetricRecord | None) -> None:
         if self.log_file is None:
@@ -553,7 +554,7 @@ class Tally:
 
     def __str__(self) -> str:
         share = f", {self.uplink / self.dense:.2%} of dense" if self.dense else ""
-        return f"{_human(self.uplink)}{share}"
+        return f"{human_bytes(self.uplink)}{share}"
 
 
 class _Asked(NamedTuple):
@@ -639,12 +640,3 @@ def _number(value: Any) -> Any:
     if isinstance(value, list):
         return [_number(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _human(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
-        size /= 1000
-    return f"{size:.3g} TB"
