@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import build_parser, methods_of
+from compare import build_parser, main, methods_of
 from datasets import load
 from federated import Training, run
 from partition import partition, subsets
@@ -53,6 +53,13 @@ def compare(*arguments, cwd):
         text=True,
         timeout=240,
     )
+
+
+@pytest.fixture
+def compare_here(tmp_path, monkeypatch):
+    """Return what does the same in this process, which has imported everything."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: main([*arguments])
 
 
 def rows_of(folder):
@@ -146,18 +153,17 @@ def test_same_seed_gives_the_same_csv_and_another_seed_another(finished, tmp_pat
     ],
     ids=" ".join,
 )
-def test_options_work_together(arguments, tmp_path):
-    process = compare(*SMALL, "--rounds", "3", *arguments, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+def test_options_work_together(arguments, tmp_path, compare_here):
+    assert compare_here(*SMALL, "--rounds", "3", *arguments) == 0
     rows = rows_of(tmp_path / "compare-results")
     assert len({row["method"] for row in rows}) == (2 if "--methods" in arguments else 9)
     assert all(float(row["loss"]) < 10 for row in rows)
 
 
-def test_methods_are_those_that_were_asked_for(tmp_path):
+def test_methods_are_those_that_were_asked_for(tmp_path, compare_here):
     expression = "TopK(0.01), LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)"
-    process = compare(*SMALL, "--methods", expression, "--target-accuracy", "0.05", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+    arguments = ["--methods", expression, "--target-accuracy", "0.05"]
+    assert compare_here(*SMALL, *arguments) == 0
     summary = json.loads((tmp_path / "compare-results" / "summary.json").read_text())
     names = [method["method"] for method in summary["methods"]]
     assert names == ["TopK(0.01)", "LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)"]
@@ -195,15 +201,26 @@ def test_methods_are_those_that_were_asked_for(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path):
+def test_wrong_input_gives_one_line_and_exit_code_2(
+    arguments, message, tmp_path, compare_here, capsys
+):
     (tmp_path / "file").write_text("in the way")
-    process = compare(*arguments, cwd=tmp_path)
-    assert process.returncode == 2
-    assert process.stdout == ""
-    [line] = process.stderr.splitlines()
+    with pytest.raises(SystemExit) as stopped:
+        compare_here(*arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    [line] = printed.err.splitlines()
     assert line.startswith("compare.py: error: ")
     assert message in line
     assert not (tmp_path / "compare-results" / "rounds.csv").exists()
+
+
+def test_wrong_input_ends_the_process_before_anything_is_done(tmp_path):
+    process = compare("--methods", "TopK(2)", cwd=tmp_path)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_run_keeps_what_is_finished(tmp_path):
@@ -293,12 +310,11 @@ def test_default_methods_are_all_nine_and_feed_errors_back_inside_lbgm():
     ]
 
 
-def test_fewer_images_and_evaluations_leave_the_training_alone(tmp_path):
+def test_fewer_images_and_evaluations_leave_the_training_alone(tmp_path, compare_here):
     methods = ["--methods", "Identity(), LBGM()", "--rounds", "7"]
     few = [*methods, "--evaluate-every", "3", "--average", "2", "--target-accuracy", "0.1"]
     for name, arguments in (("all", methods), ("few", few)):
-        process = compare(*SMALL, *arguments, "--out", name, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
+        assert compare_here(*SMALL, *arguments, "--out", name) == 0
     all_, few_ = (numbers_of(tmp_path / name) for name in ("all", "few"))
     assert [(row[0], row[1], row[3]) for row in all_] == [(r[0], r[1], r[3]) for r in few_]
     evaluated = [accuracy for method, _, accuracy, _ in all_ if method == "Identity()"]
@@ -308,10 +324,8 @@ def test_fewer_images_and_evaluations_leave_the_training_alone(tmp_path):
     mean = (evaluated[5] + evaluated[6]) / 2
     assert summary["methods"][0]["final_accuracy"] == pytest.approx(mean, abs=1e-6)
 
-    process = compare(
-        *SMALL, *methods, "--images", "20", "--test-images", "50", "--out", "less", cwd=tmp_path
-    )
-    assert process.returncode == 0, process.stderr
+    less = ["--images", "20", "--test-images", "50", "--out", "less"]
+    assert compare_here(*SMALL, *methods, *less) == 0
     less = numbers_of(tmp_path / "less")
     assert less != all_
     assert all(round(accuracy * 50, 4) % 1 == 0 for _, _, accuracy, _ in less)

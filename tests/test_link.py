@@ -129,9 +129,13 @@ def test_without_its_tools_it_says_so_and_makes_nothing(images, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path):
-    found = run(*arguments, cwd=tmp_path)
-    assert found.returncode == 2
-    [line] = found.stderr.splitlines()
+def test_wrong_input_gives_one_line_and_exit_code_2(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        link.main(arguments)
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("link.py: error: ")
     assert message in line

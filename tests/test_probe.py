@@ -32,6 +32,7 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress.probe import DELTAS, LookBackProbe
+from lbgm_compress.probe.__main__ import main
 from tests.gradients import training_run
 from tests.laws import assert_same_bits
 from tests.ranks import run_ranks
@@ -690,12 +691,15 @@ def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
         (["--csv", "no/rows.csv", "train.py"], "--csv no/rows.csv: there is no folder"),
     ],
 )
-def test_wrong_command_is_told_before_the_script_runs(arguments, message, tmp_path):
+def test_wrong_command_is_told_before_the_script_runs(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "train.py").write_text("raise SystemExit('ran')")
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "ran" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_script_without_an_optimizer_says_so(tmp_path):
