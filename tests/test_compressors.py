@@ -14,7 +14,7 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n", [1, 2, 10, 1000, 16384 * 3 + 5, 300_000])
+@pytest.mark.parametrize("n", [1, 2, 10, 1000, 4095, 4096, 25_000, 16384 * 3 + 5, 300_000])
 @pytest.mark.parametrize("ratio", [1e-5, 0.001, 0.01, 0.1, 0.5, 1.0])
 def test_topk_keeps_exactly_the_largest_magnitudes(n, ratio):
     grad = normal(n)

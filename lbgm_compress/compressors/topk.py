@@ -121,7 +121,7 @@ def _candidates(flat: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]
     A sample tells a threshold that slightly more than k magnitudes should reach. If fewer than k
     do, every nonzero entry is a candidate.
     """
-    step = flat.size // 16384
+    step = flat.size // max(2048, min(16384, flat.size // 64))
     if step > 1 and k < flat.size // 2:
         # An odd step does not fall into the rhythm of rows and channels.
         sample = np.abs(flat[:: step | 1])
