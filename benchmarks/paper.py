@@ -78,14 +78,11 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """The heading of its column."""
+        """The heading of its column, but for what a device leaves out."""
         split = {"iid": "iid", "classes:3": "3 classes a worker"}[self.partition]
         sampled = f", {self.participation:.0%} a round" if self.participation < 1 else ""
         rate = "" if self.model == "linear" and self.engine == "process" else f", lr {self.lr:g}"
-        images = f", {self.images} images each" if self.images else ""
-        return (
-            f"{self.dataset}, {self.model}{rate}\n{self.workers} workers, {split}{sampled}{images}"
-        )
+        return f"{self.dataset}, {self.model}{rate}\n{self.workers} workers, {split}{sampled}"
 
     def arguments(self, device: str, quick: bool) -> list[str]:
         """Return the command line of compare.py, without methods and folder.
@@ -153,8 +150,8 @@ FIGURES: dict[str, dict[str, list[Column]]] = {
             _settings("fashion-mnist", "cnn", lr=0.01, rounds=100), (DENSE, LOOK_BACK)
         ),
         "cnn-long": _columns(
-            _settings("fashion-mnist", "cnn", images=100, rounds=300)[:1],
-            (DENSE, LBGM(delta=0.05), LOOK_BACK),
+            _settings("fashion-mnist", "cnn", images=100, rounds=200)[:1],
+            (DENSE, LOOK_BACK),
         ),
     },
     "threshold": {
@@ -297,6 +294,12 @@ def _suffix(device: str) -> str:
     return "" if device == "cpu" else "-full"
 
 
+def heading(folder: Path, setting: Setting, device: str) -> str:
+    """Return the heading of its column."""
+    images = _summary(place(folder, setting, device)).get("arguments", {}).get("images")
+    return f"{setting.title}\n{images} images each" if images else setting.title
+
+
 def results_of(folder: Path, methods: Iterable[Compressor]) -> list[MethodResult]:
     """Read the rounds of these methods, as far as they are kept."""
     rows: dict[str, list[Round]] = {}
@@ -339,13 +342,17 @@ def _looks(results: Sequence[MethodResult]) -> dict[str, dict[str, Any]]:
     if max(map(len, scales.values()), default=0) < 3:
         return looks
     for (_, budget), names in scales.items():
-        shades = colormaps["autumn" if budget else "viridis"]
+        # Neither as dark as black nor as bright as paper, and no colour in both.
+        shades, first, span = (
+            (colormaps["autumn"], 0.0, 0.6) if budget else (colormaps["viridis"], 0.2, 0.7)
+        )
         for i, name in enumerate(names):
-            colour = shades(0.9 * i / max(1, len(names) - 1))
+            colour = shades(first + span * i / max(1, len(names) - 1))
             looks[name].update(color=colour, linestyle=":" if budget else "--")
     for result in results:
         if not result.compressor.looks_back:
-            looks[result.name].update(color="black")
+            # Broad and behind the others, so that those that lie on it are seen.
+            looks[result.name].update(color="0.75", linewidth=4, zorder=1)
     return looks
 
 
@@ -574,7 +581,10 @@ def main(arguments: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for page, drawn in pages.items():
         results = [
-            (setting.title, results_of(place(folder, setting, options.device), methods))
+            (
+                heading(folder, setting, options.device),
+                results_of(place(folder, setting, options.device), methods),
+            )
             for setting, methods in drawn
         ]
         if any(found for _, found in results):
