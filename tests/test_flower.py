@@ -347,7 +347,8 @@ def test_files_outlive_a_client_that_restarts_and_belong_to_one_training(tmp_pat
         for path in (tmp_path / "state").iterdir():
             data = bytearray(path.read_bytes())
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            path.write_bytes(data if rng.random() < 0.8 else data[: rng.randrange(len(data))])
+            # Those of the other training are not written again, and must not become empty.
+            path.write_bytes(data if rng.random() < 0.8 else data[: 1 + rng.randrange(len(data))])
         assert share(restored) == 0
         assert share(restored) == 1
 
