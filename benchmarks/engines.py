@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from lbgm_compress import Compressor
 from lbgm_compress.averaging import Averager
+from lbgm_compress.exchange import ProcessGroupTransport
 
 __all__ = ["ENGINES", "EngineError", "check_engine", "running"]
 
@@ -87,8 +88,6 @@ class Ddp(Engine):
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        from lbgm_compress.exchange import ProcessGroupTransport
-
         self.dist = dist
         self.transport = ProcessGroupTransport(dist.new_group())
         self.rank, self.size = self.transport.rank, self.transport.size

@@ -172,7 +172,7 @@ def long_run(rank, options, steps):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({}, 300), (OPTIONS["unused parameters"], 150)],
+    [({}, 500), (OPTIONS["unused parameters"], 150)],
     ids=["all used", "unused"],
 )
 def test_hundreds_of_steps_with_random_refreshes_leave_all_ranks_bit_equal(options, steps):

@@ -80,16 +80,14 @@ def assert_close(ours, expected):
 @pytest.mark.parametrize("engine", ["simulation", "deployment"])
 def test_without_compression_parameters_equal_those_of_plain_fedavg(engine, request, tmp_path):
     running = request.getfixturevalue(engine)
-    # A round of the deployment takes ten seconds: every client is a new process in each.
-    rounds = 5 if engine == "simulation" else 3
-    config = {"out": str(tmp_path), "compressor": "Identity()", "rounds": rounds}
+    config = {"out": str(tmp_path), "compressor": "Identity()"}
     options = []
     if engine == "simulation":
         config.update(fraction=0.5, clients=10)
         options = ["--federation-config", "num-supernodes=10 client-resources-num-cpus=1"]
     running.run(JOB, config, *options, timeout=200)
     arrays, partitions, lines = results_of(tmp_path)
-    assert [len(chosen) for chosen in partitions] == rounds * [5 if engine == "simulation" else 3]
+    assert [len(chosen) for chosen in partitions] == 5 * [5 if engine == "simulation" else 3]
     assert_close(arrays, plain_fedavg(partitions))
     assert all(line["rejected-replies"] == 0 for line in lines)
 
