@@ -2,26 +2,34 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes side by side. Each may start processes of its own.
+JOBS ?= 3
 
-.PHONY: compare test check horovod clean
+.PHONY: compare test soak check docs horovod clean
 
 compare: $(VENV)/.installed
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) $(ARGS)
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -m soak -n $(JOBS) $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
 horovod: $(VENV)/.installed
 	$(BIN)/python -m lbgm_compress.install_horovod --constraint constraints.txt $(ARGS)
 
 $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,flower,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,docs,flower,test]'
 	touch $@
 
 clean:

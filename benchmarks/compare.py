@@ -57,8 +57,8 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
-from lbgm_compress.expression import parse_compressors
-from lbgm_compress.units import human_bytes
+from lbgm_compress._util.units import human_bytes
+from lbgm_compress.compressors.parse import parse_compressors
 
 # Options that only shape the default methods, with their defaults.
 METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}

@@ -32,8 +32,8 @@ from peers import PowerSGD
 from torch import Tensor, nn
 
 from lbgm_compress import Compressor
-from lbgm_compress.averaging import Averager
-from lbgm_compress.exchange import ProcessGroupTransport
+from lbgm_compress.collective.averager import Averager
+from lbgm_compress.collective.transport import ProcessGroupTransport
 
 __all__ = ["ENGINES", "EngineError", "check_engine", "running"]
 

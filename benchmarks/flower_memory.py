@@ -38,7 +38,7 @@ from rich.table import Table
 
 from lbgm_compress import Compressor
 from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 
 client_app = ClientApp(mods=[compression_mod])
 client_app.query()(tell_partition)
@@ -46,7 +46,7 @@ LOADED = """
 import sys
 from flwr.serverapp.strategy import FedAvg
 from lbgm_compress.adapters.flower import CompressedStrategy
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 
 def resident():
     with open("/proc/self/statm") as file:

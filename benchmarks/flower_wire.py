@@ -23,7 +23,7 @@ from flower_processes import Federation, federation, free_port
 from rich.console import Console
 from rich.table import Table
 
-from lbgm_compress.expression import parse_compressors
+from lbgm_compress.compressors.parse import parse_compressors
 
 APP = Path(__file__).parent.parent / "examples" / "flower_app"
 METHODS = "Identity(), LBGM(), TopK(0.01), LBGM(TopK(0.01))"

@@ -42,7 +42,7 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 
 TEST_IMAGES = 4000
 EVALUATIONS = 20

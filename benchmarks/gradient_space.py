@@ -38,8 +38,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lbgm_compress
+from lbgm_compress._util.files import atomic_write
 from lbgm_compress.analysis import GradientSpace
-from lbgm_compress.files import write_whole
 
 
 class Epoch(NamedTuple):
@@ -198,7 +198,7 @@ def write(
     space.write_csv(folder, {"accuracy": accuracies, "loss": [epoch.loss for epoch in epochs]})
     space.plot(folder, accuracies, title)
     text = json.dumps(summary(options, arguments, space, epochs), indent=2) + "\n"
-    write_whole(folder / "summary.json", text.encode())
+    atomic_write(folder / "summary.json", text.encode())
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -38,8 +38,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress.adapters.ddp import CompressionState, compression_hook
-from lbgm_compress.exchange import ProcessGroupTransport
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.collective.transport import ProcessGroupTransport
+from lbgm_compress.compressors.parse import parse_compressor
 
 PEERS = ("dense", "fp16", "PowerSGD(1)", "PowerSGD(2)", "PowerSGD(4)")
 METHODS = (

@@ -22,8 +22,8 @@ from shapes import resnet50_shapes, transformer_shapes
 from torch import Tensor
 
 from lbgm_compress import Receiver, Sender
-from lbgm_compress.expression import parse_compressor
-from lbgm_compress.units import human_bytes
+from lbgm_compress._util.units import human_bytes
+from lbgm_compress.compressors.parse import parse_compressor
 
 MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
     "ResNet-50": resnet50_shapes,

@@ -38,8 +38,8 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
-from lbgm_compress.files import write_whole
-from lbgm_compress.units import human_bytes
+from lbgm_compress._util.files import atomic_write
+from lbgm_compress._util.units import human_bytes
 
 DENSE, LOOK_BACK = Identity(), LBGM()
 TOP, ATOMO, SIGNS = TopK(0.1), Atomo(2), SignSGD(scaled=True)
@@ -254,7 +254,7 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(file, text.getvalue().encode())
+    atomic_write(file, text.getvalue().encode())
 
 
 def keep(found: Path, folder: Path) -> None:
@@ -279,7 +279,7 @@ def keep(found: Path, folder: Path) -> None:
     listed = ", ".join(row["method"] for row in methods)
     kept["command"] = f"python benchmarks/compare.py {given} --methods {shlex.quote(listed)}"
     write_csv(folder / "rounds.csv", COLUMNS, rows)
-    write_whole(
+    atomic_write(
         folder / "summary.json",
         (json.dumps({**kept, "methods": methods}, indent=1) + "\n").encode(),
     )
@@ -350,7 +350,7 @@ def _looks(results: Sequence[MethodResult]) -> dict[str, dict[str, Any]]:
             colour = shades(first + span * i / max(1, len(names) - 1))
             looks[name].update(color=colour, linestyle=":" if budget else "--")
     for result in results:
-        if not result.compressor.looks_back:
+        if not result.compressor.receiver_has_state:
             # Broad and behind the others, so that those that lie on it are seen.
             looks[result.name].update(color="0.75", linewidth=4, zorder=1)
     return looks
@@ -432,7 +432,7 @@ def draw(file: Path, columns: Sequence[tuple[str, list[MethodResult]]], title: s
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
-    write_whole(file, buffer.getvalue())
+    atomic_write(file, buffer.getvalue())
 
 
 HEADINGS = ("setting", "method", "final accuracy", "best", "uplink", "of dense", "recycled")

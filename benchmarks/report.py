@@ -16,8 +16,8 @@ from typing import Any
 from federated import Round
 
 from lbgm_compress import LBGM, Compressor, ErrorFeedback
-from lbgm_compress.files import write_whole
-from lbgm_compress.units import human_bytes
+from lbgm_compress._util.files import atomic_write
+from lbgm_compress._util.units import human_bytes
 
 __all__ = [
     "COLUMNS",
@@ -159,7 +159,7 @@ def write_rounds(folder: Path, results: Sequence[MethodResult]) -> None:
             recycled, seconds = f"{round_.recycled_share:.6f}", f"{round_.seconds:.4f}"
             sizes = (round_.uplink_bytes, total)
             writer.writerow((result.name, round_.number, accuracy, loss, *sizes, recycled, seconds))
-    write_whole(folder / "rounds.csv", text.getvalue().encode())
+    atomic_write(folder / "rounds.csv", text.getvalue().encode())
 
 
 def write_files(
@@ -171,11 +171,11 @@ def write_files(
     """Write all of `FILES`; `about` is what summary.json says beside the methods."""
     write_rounds(folder, results)
     summary = json.dumps({**about, "methods": list(rows)}, indent=2) + "\n"
-    write_whole(folder / "summary.json", summary.encode())
+    atomic_write(folder / "summary.json", summary.encode())
     pictures = _draw([result for result in results if result.rounds], about)
     for name, data in pictures.items():
-        write_whole(folder / name, data)
-    write_whole(folder / "report.html", _page(rows, about, pictures).encode())
+        atomic_write(folder / name, data)
+    atomic_write(folder / "report.html", _page(rows, about, pictures).encode())
 
 
 def _without_lbgm(compressor: Compressor) -> str:
@@ -197,7 +197,7 @@ def styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
         family = _without_lbgm(result.compressor)
         if family not in families:
             families.append(family)
-        under_lbgm = result.compressor.looks_back
+        under_lbgm = result.compressor.receiver_has_state
         variant = used.get((family, under_lbgm), 0)
         used[family, under_lbgm] = variant + 1
         lines = ("--", ":", "-.", (0, (1, 3))) if under_lbgm else ("-", (0, (8, 2)), (0, (5, 5)))

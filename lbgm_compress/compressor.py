@@ -85,12 +85,12 @@ class Compressor(abc.ABC):
     """The kinds of payload that `encode` makes and `decode` reads."""
 
     @property
-    def looks_back(self) -> bool:
+    def receiver_has_state(self) -> bool:
         """Whether a receiver of this compressor keeps state."""
         return False
 
     @property
-    def carries_over(self) -> bool:
+    def has_residual(self) -> bool:
         """Whether a payload may carry what earlier gradients lost."""
         return False
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress import Receiver, Sender, endpoints
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.wire.indices import encode_indices
 
 COMPRESSORS = [

@@ -131,7 +131,7 @@ def test_asking_after_every_gradient_changes_nothing(arguments):
 @pytest.mark.parametrize("piece", [8 * 15, 8 * 15 * 64])
 def test_pieces_of_any_width_give_the_same(piece, arguments, monkeypatch):
     matrix = low_rank(10, 15, 1061)
-    monkeypatch.setattr("lbgm_compress.analysis.PIECE", piece)
+    monkeypatch.setattr("lbgm_compress.analysis.gradient_space.PIECE", piece)
     space = filled(gradients(matrix, SHAPES), per_layer=True, **arguments)
     gram = matrix.astype(np.float32).astype(float) @ matrix.astype(np.float32).astype(float).T
     norms = np.sqrt(np.diag(gram))
@@ -552,7 +552,7 @@ def test_wrong_metrics_are_told_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("layers", [0, 5])
 def test_three_pictures_are_drawn(layers, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("lbgm_compress.gradient_pictures.PANELS", 4)
+    monkeypatch.setattr("lbgm_compress.analysis.plots.PANELS", 4)
     shapes = {f"layer {i}": (10 + i,) for i in range(max(layers, 1))}
     size = sum(10 + i for i in range(max(layers, 1)))
     matrix = with_spectrum(0.5 ** np.arange(6), size=max(size, 10))
@@ -578,7 +578,7 @@ def test_without_matplotlib_plot_says_what_to_install(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     # As in a process that has drawn nothing yet.
-    monkeypatch.delitem(sys.modules, "lbgm_compress.gradient_pictures", raising=False)
-    monkeypatch.delattr(lbgm_compress, "gradient_pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "lbgm_compress.analysis.plots", raising=False)
+    monkeypatch.delattr(lbgm_compress.analysis, "plots", raising=False)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         filled([GOOD]).plot(tmp_path)

@@ -13,7 +13,7 @@ import wire
 from shapes import resnet50_shapes, transformer_shapes
 
 from lbgm_compress import ErrorFeedback, LookBackSubspace, Receiver, Sender
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 
 
 def read(file):

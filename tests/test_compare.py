@@ -29,7 +29,7 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
-from lbgm_compress.units import human_bytes
+from lbgm_compress._util.units import human_bytes
 from tests.horovod_ranks import needs_horovod
 
 ROOT = Path(__file__).parent.parent

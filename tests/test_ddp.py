@@ -466,7 +466,7 @@ def test_memory_of_a_rank_is_that_of_the_formula(compressor, dense):
     model = 4 * (1000 * 250 + 250)
     for (sender, receiver), message in run_ranks(memory, 4, compressor):
         assert sender == dense * model
-        others = 3 * message if compressor.looks_back else 0
+        others = 3 * message if compressor.receiver_has_state else 0
         assert 0.97 * others <= receiver <= others
 
 

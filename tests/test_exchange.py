@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from lbgm_compress import LBGM, ErrorFeedback, Identity, LookBackSubspace, Sender, TopK
-from lbgm_compress.averaging import Averager, Worker
-from lbgm_compress.exchange import CHUNK, ProcessGroupTransport, exchange, gather_texts
+from lbgm_compress.collective.averager import Averager, Worker
+from lbgm_compress.collective.transport import CHUNK, ProcessGroupTransport, exchange, gather_texts
 from tests.ranks import run_ranks
 
 SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, NormBudget, SignSGD, TopK
-from lbgm_compress.expression import parse_compressor, parse_compressors
+from lbgm_compress.compressors.parse import parse_compressor, parse_compressors
 
 
 @pytest.mark.parametrize(

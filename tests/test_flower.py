@@ -37,8 +37,8 @@ from lbgm_compress.adapters.flower import (
     CompressedStrategy,
     CompressionMod,
     compression_mod,
-    picture,
     plot,
+    plots,
 )
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
 from lbgm_compress.adapters.flower.update import DTYPES, KEY, Request
@@ -985,4 +985,4 @@ def test_restored_training_is_drawn_as_one(tmp_path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["training-round"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["round"] for line in lines] == [1, 2, 3, 1, 2]
-    assert list(picture._of_file(log)) == [1, 2, 3, 4, 5]
+    assert list(plots._of_file(log)) == [1, 2, 3, 4, 5]

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, DatasetMissing, load_plays
 from frontier import Evaluation, Run, bytes_to, front, rows_of
 
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 from tests.idx import write_idx
 
 METHODS = "Identity(); ErrorFeedback(LookBackSubspace(2, 0.9, values='int4', directions='int2'))"

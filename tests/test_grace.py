@@ -28,8 +28,8 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress.adapters.grace import FromGrace, GraceCompressor
-from lbgm_compress.averaging import Averager
-from lbgm_compress.exchange import ProcessGroupTransport
+from lbgm_compress.collective.averager import Averager
+from lbgm_compress.collective.transport import ProcessGroupTransport
 from tests import grace_protocol as protocol
 from tests.gradients import awkward_shapes, training_run
 from tests.horovod_ranks import horovodrun, needs_horovod
@@ -237,7 +237,7 @@ def test_ours_work_in_graces_rounds_and_every_rank_gets_the_same_average(compres
             recycled += ranks[0][0].report()[name].recycled
     # Fed-back errors of a sparsifier make each gradient unlike the one before.
     if memory is protocol.NoMemory and compressor != ErrorFeedback(LBGM(Atomo(rank=2))):
-        assert bool(recycled) == compressor.looks_back
+        assert bool(recycled) == compressor.receiver_has_state
 
 
 def test_average_is_that_of_our_own_ends():

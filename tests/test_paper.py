@@ -11,7 +11,7 @@ import pytest
 from command_line import INTERRUPTED
 
 from lbgm_compress import LBGM, Identity
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 
 
 def read(file):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbgm_compress import PayloadError, Receiver
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.wire import bits, indices, message
 from lbgm_compress.wire.indices import FIXED, decode_indices, encode_indices
 from tests import golden

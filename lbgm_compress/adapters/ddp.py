@@ -28,9 +28,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lbgm_compress.averaging import Averager, Worker, ready_event, stream_after, sum_dtype
+from lbgm_compress.collective.averager import Averager, Worker, ready_event, stream_after, sum_dtype
+from lbgm_compress.collective.transport import ProcessGroupTransport
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.exchange import ProcessGroupTransport
 
 __all__ = ["CompressionState", "compression_hook"]
 

@@ -17,7 +17,7 @@ from lbgm_compress.compressor import (
     dense_from_bytes,
     raw,
 )
-from lbgm_compress.compressors.triplets import decomposition, leading_triplets
+from lbgm_compress.compressors.svd import decomposition, leading_triplets
 from lbgm_compress.decoded import Decoded, Dense, LowRank, working_dtype
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.message import Kind

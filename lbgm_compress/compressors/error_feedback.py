@@ -49,11 +49,11 @@ class ErrorFeedback(Compressor):
         return self.inner.kinds
 
     @property
-    def looks_back(self) -> bool:
-        return self.inner.looks_back
+    def receiver_has_state(self) -> bool:
+        return self.inner.receiver_has_state
 
     @property
-    def carries_over(self) -> bool:
+    def has_residual(self) -> bool:
         return True
 
     def initial_state(self, seed: int) -> State:

@@ -103,7 +103,7 @@ class LBGM(Compressor):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Compressor):
             raise ValueError(f"LBGM wraps a compressor, not {self.inner!r}")
-        if self.inner.looks_back:
+        if self.inner.receiver_has_state:
             raise ValueError(
                 f"LBGM cannot wrap {self.inner!r}, which looks back itself: a receiver keeps look-"
                 "back gradients as inner payloads, and must decode them without any other state"
@@ -115,7 +115,7 @@ class LBGM(Compressor):
                 raise ValueError(f"delta must be from 0 to 1, not {self.delta}")
         if self.compare not in ("compressed", "raw"):
             raise ValueError(f'compare must be "compressed" or "raw", not {self.compare!r}')
-        if self.compare == "raw" and self.inner.carries_over:
+        if self.compare == "raw" and self.inner.has_residual:
             raise ValueError(
                 f'compare="raw" over {self.inner!r}, whose payloads carry what earlier gradients '
                 "lost: each recycled round would apply that again. Put ErrorFeedback outside: "
@@ -123,12 +123,12 @@ class LBGM(Compressor):
             )
 
     @property
-    def looks_back(self) -> bool:
+    def receiver_has_state(self) -> bool:
         return True
 
     @property
-    def carries_over(self) -> bool:
-        return self.inner.carries_over
+    def has_residual(self) -> bool:
+        return self.inner.has_residual
 
     def initial_state(self, seed: int) -> State:
         return {"inner": self.inner.initial_state(seed)}

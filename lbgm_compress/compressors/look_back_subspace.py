@@ -21,7 +21,7 @@ from lbgm_compress.compressor import (
     square_sum,
 )
 from lbgm_compress.compressors.lbgm import CHUNK, MARGIN, SQUARES
-from lbgm_compress.compressors.triplets import leading_triplets
+from lbgm_compress.compressors.svd import leading_triplets
 from lbgm_compress.decoded import Decoded, Dense, LowRank, Sparse, working_dtype
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.message import Kind
@@ -156,7 +156,7 @@ class LookBackSubspace(Compressor):
                 raise ValueError(f"{name} must be one of {known}, not {precision!r}")
 
     @property
-    def looks_back(self) -> bool:
+    def receiver_has_state(self) -> bool:
         return True
 
     def forget(self, state: State) -> State:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lbgm_compress.units import human_bytes
+from lbgm_compress._util.units import human_bytes
 
 __all__ = ["Report", "Row", "advice"]
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lbgm_compress._util.files import atomic_write
 from lbgm_compress.compressor import DTYPES, Compressor, check_gradient
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.norm_budget import NormBudget
-from lbgm_compress.files import write_whole
-from lbgm_compress.probe.play import LookBackPlay, Play, Seen, SubspacePlay, seen_of
+from lbgm_compress.probe.replay import LookBackPlay, Play, Seen, SubspacePlay, seen_of
 from lbgm_compress.probe.report import Report, advice
 
 __all__ = ["DELTAS", "LookBackProbe"]
@@ -185,7 +185,7 @@ class LookBackProbe:
         if self._file is not None:
             data = io.BytesIO()
             torch.save(self.state_dict(), data)
-            write_whole(self._file, data.getvalue(), mode=0o600)
+            atomic_write(self._file, data.getvalue(), mode=0o600)
 
     def __enter__(self) -> LookBackProbe:
         """Begin an update, if `updates` are watched."""

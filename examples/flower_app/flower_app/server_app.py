@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from flower_app.task import build_model, evaluate, load_images
 from lbgm_compress.adapters.flower import CompressedStrategy, plot
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 
 app = ServerApp()
 

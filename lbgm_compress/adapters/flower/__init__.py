@@ -19,7 +19,7 @@ that lost replies, late clients and restarts at either end cost one full update,
 
 try:
     from lbgm_compress.adapters.flower.mod import CompressionMod, compression_mod
-    from lbgm_compress.adapters.flower.picture import plot
+    from lbgm_compress.adapters.flower.plots import plot
     from lbgm_compress.adapters.flower.strategy import CompressedStrategy
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("flwr", "safetensors"):

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lbgm_compress.files import write_whole
+from lbgm_compress._util.files import atomic_write
 from lbgm_compress.wire.values import as_bytes
 
 __all__ = ["pack_state", "unpack_state", "write_state"]
@@ -55,7 +55,7 @@ def unpack_state(data: bytes) -> Any:
 
 def write_state(path: Path, state: Any) -> None:
     """Write a state to a file that only its owner reads."""
-    write_whole(path, pack_state(state), mode=0o600)
+    atomic_write(path, pack_state(state), mode=0o600)
 
 
 def _check(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state, write_state
-from lbgm_compress.adapters.flower.held import layout_of
+from lbgm_compress.adapters.flower.client_states import layout_of
 from lbgm_compress.adapters.flower.update import (
     ADDED,
     KEY,

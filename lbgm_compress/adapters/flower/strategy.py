@@ -29,8 +29,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from lbgm_compress._util.units import human_bytes
 from lbgm_compress.adapters.flower.archive import unpack_state, write_state
-from lbgm_compress.adapters.flower.held import Held
+from lbgm_compress.adapters.flower.client_states import Held
 from lbgm_compress.adapters.flower.screening import (
     averages_lists,
     check_weight,
@@ -51,7 +52,6 @@ from lbgm_compress.adapters.flower.update import (
     tensor_of,
 )
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.units import human_bytes
 from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressedStrategy"]

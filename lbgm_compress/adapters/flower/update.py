@@ -40,7 +40,7 @@ from flwr.app import Array
 from torch import Tensor
 
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.wire.errors import PayloadError
 
 __all__ = [

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from lbgm_compress.adapters.flower import CompressedStrategy
-from lbgm_compress.expression import parse_compressor
+from lbgm_compress.compressors.parse import parse_compressor
 from tests.flower_loopback import arrays_of
 
 app = ServerApp()

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.files import atomic_write
 from lbgm_compress.compressor import all_finite, check_gradient
-from lbgm_compress.files import write_whole
 
 __all__ = ["GradientSpace"]
 
@@ -329,7 +329,7 @@ class GradientSpace:
         for name, rows in tables.items():
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
-            write_whole(Path(folder) / f"{name}.csv", text.getvalue().encode())
+            atomic_write(Path(folder) / f"{name}.csv", text.getvalue().encode())
 
     def plot(
         self,
@@ -361,15 +361,15 @@ class GradientSpace:
             If there is no gradient, or not an accuracy for each.
         """
         try:
-            from lbgm_compress import gradient_pictures
+            from lbgm_compress.analysis import plots
         except ImportError as error:
             raise ImportError("plot needs matplotlib: pip install matplotlib") from error
         if not self._count:
             raise ValueError("no gradient was added: there is nothing to draw")
         if accuracy is not None:
             self._check_numbers("accuracy", accuracy)
-        for name, data in gradient_pictures.draw(self, accuracy, title).items():
-            write_whole(Path(folder) / name, data)
+        for name, data in plots.draw(self, accuracy, title).items():
+            atomic_write(Path(folder) / name, data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors and numbers, which shares their memory.

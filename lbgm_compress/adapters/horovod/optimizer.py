@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbgm_compress.averaging import (
+from lbgm_compress.collective.averager import (
     Average,
     Averager,
     Worker,
@@ -38,8 +38,8 @@ from lbgm_compress.averaging import (
     stream_after,
     sum_dtype,
 )
+from lbgm_compress.collective.transport import FRONT, Pending, Transport, following
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.exchange import FRONT, Pending, Transport, following
 
 __all__ = ["Compression", "DistributedOptimizer", "HorovodTransport"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Result
 
-from lbgm_compress.units import byte_unit
+from lbgm_compress._util.units import byte_unit
 
 __all__ = ["plot"]
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lbgm_compress.collective.transport import Transport, gather_texts
 from lbgm_compress.compressor import Compressor
 from lbgm_compress.endpoints import Receiver, Sender
-from lbgm_compress.exchange import Transport, gather_texts
 
 __all__ = ["Average", "Averager", "Worker", "ready_event", "stream_after", "sum_dtype"]
 

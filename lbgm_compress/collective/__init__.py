@@ -1,0 +1,1 @@
+"""What engines whose ranks exchange messages share: transports, averaging, a background thread."""
