@@ -18,6 +18,7 @@ from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.norm_budget import NormBudget
+from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.compressors.signsgd import SignSGD
 from lbgm_compress.compressors.topk import TopK
 from lbgm_compress.endpoints import Receiver, Sender
@@ -36,6 +37,7 @@ __all__ = [
     "Sender",
     "SignSGD",
     "TopK",
+    "parse_compressor",
 ]
 
 __version__ = "0.1.0"

@@ -99,6 +99,11 @@ class Compressor(abc.ABC):
         """Whether all payloads for a tensor have one size, whatever it holds."""
         return False
 
+    @property
+    def finishes_average(self) -> bool:
+        """Whether `finish` changes the average, as a majority vote does."""
+        return False
+
     def __repr__(self) -> str:
         """Return the shortest expression that builds this compressor."""
         arguments = []

@@ -56,6 +56,10 @@ class ErrorFeedback(Compressor):
     def has_residual(self) -> bool:
         return True
 
+    @property
+    def finishes_average(self) -> bool:
+        return self.inner.finishes_average
+
     def initial_state(self, seed: int) -> State:
         return {"inner": self.inner.initial_state(seed)}
 

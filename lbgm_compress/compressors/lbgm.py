@@ -130,6 +130,10 @@ class LBGM(Compressor):
     def has_residual(self) -> bool:
         return self.inner.has_residual
 
+    @property
+    def finishes_average(self) -> bool:
+        return self.inner.finishes_average
+
     def initial_state(self, seed: int) -> State:
         return {"inner": self.inner.initial_state(seed)}
 

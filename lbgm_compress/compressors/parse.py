@@ -1,9 +1,12 @@
-"""Compressors written down: the expressions that `repr` gives, read back without running code."""
+"""Read compressors from text: the expressions that their `repr` gives, without running code."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lbgm_compress.compressor import Compressor
@@ -16,44 +19,56 @@ from lbgm_compress.compressors.norm_budget import NormBudget
 from lbgm_compress.compressors.signsgd import SignSGD
 from lbgm_compress.compressors.topk import TopK
 
-__all__ = ["parse_compressor", "parse_compressors"]
+__all__ = ["import_known", "parse_compressor", "parse_compressors"]
 
-COMPRESSORS = (Atomo, ErrorFeedback, Identity, LBGM, LookBackSubspace, SignSGD, TopK)
-CONSTRUCTORS = {compressor.__name__: compressor for compressor in COMPRESSORS}
-# What compressors take as an argument besides each other.
-ARGUMENTS = {NormBudget.__name__: NormBudget}
+# Compressors, and what they take as an argument besides each other.
+BUILT_IN: tuple[type, ...] = (
+    *(Atomo, ErrorFeedback, Identity, LBGM, LookBackSubspace, SignSGD, TopK),
+    NormBudget,
+)
 LONGEST = 10_000
 
 
-def parse_compressor(text: str) -> Compressor:
-    """Return the compressor that `text` describes.
+def parse_compressor(text: str, known: Iterable[type] = ()) -> Compressor:
+    """Return the compressor that an expression describes.
 
-    Only the public constructors are called, with literal arguments or other compressors.
+    Only constructors of the package's compressors and of `known` are called, with literals or
+    other such objects as arguments. Nothing else in `text` is evaluated.
 
     Parameters
     ----------
     text
         A Python expression, for example ``LBGM(TopK(0.01), delta=0.1)``.
+    known
+        Further classes that the expression may name, by their ``__name__``: compressors of your
+        own, and classes that their constructors take as arguments.
 
     Raises
     ------
     ValueError
-        If it is not such an expression, or a constructor refuses its arguments; one line that
-        says what is wrong.
+        If `text` is not such an expression or a constructor refuses its arguments (a message of one
+        line), or two classes have one name.
+    TypeError
+        If `known` holds something that is not a class.
 
     Examples
     --------
+    >>> from lbgm_compress import parse_compressor
     >>> parse_compressor("LBGM(TopK(ratio=0.01))")
     LBGM(TopK(0.01))
     """
-    compressors = parse_compressors(text)
+    compressors = parse_compressors(text, known)
     if len(compressors) != 1:
         raise ValueError(f"expected one compressor, found {len(compressors)} in {text!r}")
     return compressors[0]
 
 
-def parse_compressors(text: str) -> list[Compressor]:
-    """Return the compressors of a comma-separated list, read as `parse_compressor` reads one."""
+def parse_compressors(text: str, known: Iterable[type] = ()) -> list[Compressor]:
+    """Return the compressors of a comma-separated list.
+
+    Parameters and errors are those of `parse_compressor`.
+    """
+    classes = _by_name(known)
     if len(text) > LONGEST:
         raise ValueError(f"an expression of {len(text)} characters is too long")
     try:
@@ -63,34 +78,99 @@ def parse_compressors(text: str) -> list[Compressor]:
         raise ValueError(f"cannot read {text!r} as compressors: {error}") from None
     if not isinstance(tree, ast.List) or not tree.elts:
         raise ValueError(f"cannot read {text!r} as a list of compressors")
-    return [_built(node, CONSTRUCTORS) for node in tree.elts]
+    return [_compressor(node, classes) for node in tree.elts]
 
 
-def _built(node: ast.expr, constructors: Mapping[str, Callable[..., Any]]) -> Any:
-    known = ", ".join(CONSTRUCTORS)
+def import_known(specs: Iterable[str]) -> list[type]:
+    """Import classes for the argument `known` of `parse_compressor`.
+
+    The working directory is put at the front of ``sys.path``, as ``python -m`` does.
+
+    Parameters
+    ----------
+    specs
+        One ``"module:Class"`` for each class.
+
+    Raises
+    ------
+    ValueError
+        If one cannot be imported, or is not a class.
+    """
+    directory = os.getcwd()
+    classes = []
+    for spec in specs:
+        module, colon, name = spec.partition(":")
+        if not (module and colon and name):
+            raise ValueError(f"{spec!r} does not name a class: write MODULE:CLASS")
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except Exception as error:  # A module of the user's may raise anything.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"cannot import {spec!r}: {reason}") from error
+        if not isinstance(found, type):
+            raise ValueError(f"{spec!r} is not a class, but {found!r}")
+        classes.append(found)
+    return classes
+
+
+def _by_name(known: Iterable[type]) -> dict[str, type]:
+    """Return the classes that an expression may name."""
+    classes = {built_in.__name__: built_in for built_in in BUILT_IN}
+    for one in known:
+        if not isinstance(one, type):
+            raise TypeError(f"known takes classes, as in known=[RandomK], not {one!r}")
+        name = one.__name__
+        if classes.setdefault(name, one) is not one:
+            whose = "lbgm_compress has" if classes[name] in BUILT_IN else "known has twice"
+            raise ValueError(f"{one!r} has a name that {whose}, {name}: rename the class")
+    return classes
+
+
+def _compressor(node: ast.expr, classes: Mapping[str, type]) -> Compressor:
+    names = ", ".join(name for name, one in classes.items() if issubclass(one, Compressor))
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
+        raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {names}")
+    name = node.func.id
+    if classes.get(name) is NormBudget:
+        raise ValueError(f"{name} is no compressor, but an argument of LBGM: delta=...")
+    if name in classes and not issubclass(classes[name], Compressor):
+        raise ValueError(f"{name} is no compressor, but an argument of one; known are {names}")
+    built = _built(node, classes)
+    assert isinstance(built, Compressor)
+    return built
+
+
+def _built(node: ast.Call | ast.Name, classes: Mapping[str, type]) -> Any:
+    """Call the constructor that `node` names."""
+    known = ", ".join(classes)
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {known}")
-    if node.func.id in ARGUMENTS and node.func.id not in constructors:
-        raise ValueError(f"{node.func.id} is no compressor, but an argument of LBGM: delta=...")
-    if node.func.id not in constructors:
-        raise ValueError(f"unknown compressor {node.func.id!r}; known are {known}")
-    arguments = [_argument(argument) for argument in node.args]
+    name = node.func.id
+    if name not in classes:
+        raise ValueError(
+            f"unknown compressor {name!r}; known are {known}; a class of your own is passed as "
+            f"known=[{name}] (--known MODULE:{name} on a command line)"
+        )
+    arguments = [_argument(argument, classes) for argument in node.args]
     keywords: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError(f"{ast.unparse(node)!r} unpacks arguments: write them out")
-        keywords[keyword.arg] = _argument(keyword.value)
+        keywords[keyword.arg] = _argument(keyword.value, classes)
     try:
-        return constructors[node.func.id](*arguments, **keywords)
+        return classes[name](*arguments, **keywords)
     except (TypeError, ValueError) as error:
         message = str(error).replace("__init__()", "it")
         raise ValueError(f"{ast.unparse(node)}: {message}") from None
 
 
-def _argument(node: ast.expr) -> Any:
+def _argument(node: ast.expr, classes: Mapping[str, type]) -> Any:
     if isinstance(node, (ast.Call, ast.Name)):
-        return _built(node, {**CONSTRUCTORS, **ARGUMENTS})
+        return _built(node, classes)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):

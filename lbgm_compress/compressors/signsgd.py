@@ -61,6 +61,10 @@ class SignSGD(Compressor):
         if self.scaled and self.vote:
             raise ValueError("SignSGD(scaled=True, vote=True): a majority vote discards the scales")
 
+    @property
+    def finishes_average(self) -> bool:
+        return self.vote
+
     def encode(self, grad: Tensor, state: State) -> Encoding:
         flat = grad.reshape(-1)
         positive = flat >= 0

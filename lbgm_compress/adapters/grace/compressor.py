@@ -267,6 +267,10 @@ class FromGrace(Compressor):
     def initial_state(self, seed: int) -> State:
         return {"seed": seed, "round": 0}
 
+    @property
+    def finishes_average(self) -> bool:
+        return not self.compressor.average
+
     def finish(self, mean: Tensor) -> Tensor:
         if self.compressor.average:
             return mean
