@@ -17,9 +17,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from command_line import (
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import lbgm_compress
+from benchmarks.common.command_line import (
     INTERRUPTED,
     Parser,
     add_data_and_model,
@@ -28,12 +36,11 @@ from command_line import (
     number_in,
     positive,
 )
-from datasets import DatasetMissing, load
-from engines import ENGINES, EngineError, check_engine, running
-from federated import Round, Training, run
-from models import parameters
-from partition import check_scheme, partition, subsets
-from report import (
+from benchmarks.common.data import DatasetMissing, load
+from benchmarks.common.engines.running import ENGINES, EngineError, check_engine, running
+from benchmarks.common.models import parameters
+from benchmarks.common.partition import check_scheme, partition, subsets
+from benchmarks.common.report import (
     MethodResult,
     cells,
     headings,
@@ -41,11 +48,7 @@ from report import (
     write_files,
     write_rounds,
 )
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-import lbgm_compress
+from benchmarks.common.training import Round, Training, run
 from lbgm_compress import (
     LBGM,
     Atomo,

@@ -16,16 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 import torch.distributed as dist
-from command_line import Parser, check_file
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from shapes import resnet50_shapes
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
+from benchmarks.common.command_line import Parser, check_file
+from benchmarks.common.shapes import resnet50_shapes
 from lbgm_compress import (
     LBGM,
     Atomo,
@@ -37,7 +40,7 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
-from lbgm_compress.compressors.lbgm import look_back
+from lbgm_compress.compressors.lbgm import LookBack
 from lbgm_compress.decoded import Dense
 
 RATIO = 0.01
@@ -132,11 +135,12 @@ def angles(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
     held = sender.state_dict()["tensors"]
     states = [held[name]["state"] for name in gradients]
     kept = [state["look_back"] for state in states]
+    look_backs = [LookBack(state["look_back"], state["square_norm"]) for state in states]
     decoded = [Dense(near[name]) for name in gradients]
     message = sender.compress(near)
     steps: dict[str, Step] = {
         READ: lambda: (noise.sum(), [tensor.sum() for tensor in kept]),
-        "angle": lambda: look_back(decoded, states, 0.2),
+        "angle": lambda: LBGM(delta=0.2).decide(decoded, look_backs),
         "encode": lambda: sender.compress(near),
         "decode": lambda: receiver.decompress("worker", message),
     }

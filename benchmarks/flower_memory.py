@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import random
 import subprocess
 import sys
@@ -16,11 +17,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from command_line import Parser, check_folder
-from compare import number_in, positive
-from flower_simulation import Sampled, nodes_of, tell_partition
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -36,6 +37,9 @@ from flwr.serverapp.strategy import FedAvg
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.command_line import Parser, check_folder, number_in, positive
+from benchmarks.common.engines.flower_simulation import Sampled, nodes_of, tell_partition
+from benchmarks.common.processes import environment
 from lbgm_compress import Compressor
 from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
 from lbgm_compress.compressors.parse import parse_compressor
@@ -122,6 +126,8 @@ def simulate(compressor: Compressor, options: argparse.Namespace, path: str) -> 
         strategy.start(grid, arrays, num_rounds=options.rounds)
         strategy.save(path)
 
+    # Ray's processes import this program's modules.
+    os.environ.update(environment())
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server_app, client_app, options.clients, backend_config=resources)
 

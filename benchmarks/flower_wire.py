@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, check_folder
-from compare import positive
-from flower_processes import Federation, federation, free_port
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.command_line import Parser, check_folder, positive
+from benchmarks.common.engines.flower_processes import Federation, federation, free_port
 from lbgm_compress.compressors.parse import parse_compressors
 
 APP = Path(__file__).parent.parent / "examples" / "flower_app"

@@ -20,18 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from command_line import INTERRUPTED, Parser, check_folder, listed
-from datasets import Dataset, DatasetMissing, load, load_plays
-from engines import running
-from federated import Round, Training, run
-from models import parameters
-from partition import partition, subsets
-from peers import PowerSGD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks.common.baselines import PowerSGD
+from benchmarks.common.command_line import INTERRUPTED, Parser, check_folder, listed
+from benchmarks.common.data import Dataset, DatasetMissing, load, load_plays
+from benchmarks.common.engines.running import running
+from benchmarks.common.models import parameters
+from benchmarks.common.partition import partition, subsets
+from benchmarks.common.training import Round, Training, run
 from lbgm_compress import (
     LBGM,
     Atomo,

@@ -18,9 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from command_line import (
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import lbgm_compress
+from benchmarks.common.command_line import (
     INTERRUPTED,
     Parser,
     add_data_and_model,
@@ -29,15 +38,9 @@ from command_line import (
     number_in,
     positive,
 )
-from datasets import Dataset, DatasetMissing, load
-from federated import evaluate
-from models import build
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor, nn
-
-import lbgm_compress
+from benchmarks.common.data import Dataset, DatasetMissing, load
+from benchmarks.common.models import build
+from benchmarks.common.training import evaluate
 from lbgm_compress._util.files import atomic_write
 from lbgm_compress.analysis import GradientSpace
 

@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 import torch.distributed as dist
-from command_line import INTERRUPTED, Parser, check_folder, listed
-from datasets import Dataset, DatasetMissing, load
-from models import build
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -37,6 +37,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.common.command_line import INTERRUPTED, Parser, check_folder, listed
+from benchmarks.common.data import Dataset, DatasetMissing, load
+from benchmarks.common.models import build
 from lbgm_compress.adapters.ddp import CompressionState, compression_hook
 from lbgm_compress.collective.transport import ProcessGroupTransport
 from lbgm_compress.compressors.parse import parse_compressor

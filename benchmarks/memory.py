@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from command_line import Parser, check_file
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from shapes import resnet50_shapes, transformer_shapes
 from torch import Tensor
 
+from benchmarks.common.command_line import Parser, check_file
+from benchmarks.common.shapes import resnet50_shapes, transformer_shapes
 from lbgm_compress import Receiver, Sender
 from lbgm_compress._util.units import human_bytes
 from lbgm_compress.compressors.parse import parse_compressor

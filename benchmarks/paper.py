@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import compare
-from command_line import INTERRUPTED, Parser, check_folder
-from federated import Round
-from report import COLUMNS, MethodResult, styles, tick
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import compare
+from benchmarks.common.command_line import INTERRUPTED, Parser, check_folder
+from benchmarks.common.report import COLUMNS, MethodResult, styles, tick
+from benchmarks.common.training import Round
 from lbgm_compress import (
     LBGM,
     Atomo,

@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from command_line import Parser, check_file, listed
-from models import build
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from benchmarks.common.command_line import Parser, check_file, listed
+from benchmarks.common.models import build
 from lbgm_compress import TopK
 from lbgm_compress.probe import LookBackProbe
 

@@ -14,15 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from command_line import Parser, check_file
-from datasets import load
-from models import build
 from rich.console import Console
 from rich.table import Table
-from shapes import random_gradients, resnet50_shapes
 from torch import Tensor
 
+from benchmarks.common.command_line import Parser, check_file
+from benchmarks.common.data import load
+from benchmarks.common.models import build
+from benchmarks.common.shapes import random_gradients, resnet50_shapes
 from lbgm_compress import LBGM, Compressor, ErrorFeedback, Sender, SignSGD, TopK
 from lbgm_compress.wire.indices import encode_indices
 

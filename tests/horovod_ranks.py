@@ -56,7 +56,7 @@ def _variables(more: dict[str, str] | None) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         **(more or {}),
     }

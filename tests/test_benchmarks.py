@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 
-import encode
-import memory
-import probe_cost
 import pytest
 import torch
-import wire
-from shapes import resnet50_shapes, transformer_shapes
 
+from benchmarks import encode, memory, probe_cost, wire
+from benchmarks.common.shapes import resnet50_shapes, transformer_shapes
 from lbgm_compress import ErrorFeedback, LookBackSubspace, Receiver, Sender
 from lbgm_compress.compressors.parse import parse_compressor
 

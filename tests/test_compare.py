@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import build_parser, main, methods_of
-from datasets import load
-from federated import Training, run
-from partition import partition, subsets
 
+from benchmarks.common.data import load
+from benchmarks.common.partition import partition, subsets
+from benchmarks.common.training import Training, run
+from benchmarks.compare import build_parser, main, methods_of
 from lbgm_compress import (
     LBGM,
     Atomo,

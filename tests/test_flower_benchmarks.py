@@ -14,11 +14,11 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
 
-import flower_memory
-from flower_wire import CountingProxy
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from benchmarks import flower_memory
+from benchmarks.flower_wire import CountingProxy
 from lbgm_compress import LBGM, TopK
 from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
 

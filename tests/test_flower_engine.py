@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
 
-from flower_processes import federation
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from benchmarks.common.engines.flower_processes import federation
 from lbgm_compress import LBGM, Receiver, Sender
 from lbgm_compress.probe import LookBackProbe
 from tests.flower_loopback import LoopbackGrid, Receding, arrays_of, make_app

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import frontier
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetMissing, load_plays
-from frontier import Evaluation, Run, bytes_to, front, rows_of
 
+from benchmarks import frontier
+from benchmarks.common.data import Dataset, DatasetMissing, load_plays
+from benchmarks.frontier import Evaluation, Run, bytes_to, front, rows_of
 from lbgm_compress.compressors.parse import parse_compressor
 from tests.idx import write_idx
 

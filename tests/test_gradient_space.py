@@ -6,11 +6,11 @@ import csv
 import json
 import sys
 
-import gradient_space
 import pytest
 import torch
-from models import IMAGE_MODELS, build
 
+from benchmarks import gradient_space
+from benchmarks.common.models import IMAGE_MODELS, build
 from tests.idx import write_idx
 
 FILES = [

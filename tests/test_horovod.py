@@ -495,7 +495,8 @@ def test_messages_leave_during_the_backward_pass_on_one_thread():
 
 def resnet_shaped(rank):
     import horovod.torch as hvd
-    from shapes import resnet50_shapes
+
+    from benchmarks.common.shapes import resnet50_shapes
 
     named = [(n, nn.Parameter(torch.zeros(shape))) for n, shape in resnet50_shapes().items()]
     optimizer = torch.optim.SGD([p for _, p in named], lr=0.1)

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import link
 import pytest
 
+from benchmarks import link
 from tests.idx import write_idx
 
 ROOT = Path(__file__).parent.parent

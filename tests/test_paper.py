@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import json
 
-import compare
-import paper
 import pytest
-from command_line import INTERRUPTED
 
+from benchmarks import compare, paper
+from benchmarks.common.command_line import INTERRUPTED
 from lbgm_compress import LBGM, Identity
 from lbgm_compress.compressors.parse import parse_compressor
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load
-from federated import Training, Workers
-from partition import partition, subsets
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.common.data import load
+from benchmarks.common.partition import partition, subsets
+from benchmarks.common.training import Training, Workers
 from lbgm_compress import (
     LBGM,
     Atomo,

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from federated import Round, Training, Workers, evaluate, local_updates
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -32,9 +31,10 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvgM
-from models import parameters
 from torch import Tensor
 
+from benchmarks.common.models import parameters
+from benchmarks.common.training import Round, Training, Workers, evaluate, local_updates
 from lbgm_compress import Compressor
 from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from federated import Round
-
+from benchmarks.common.training import Round
 from lbgm_compress import LBGM, Compressor, ErrorFeedback
 from lbgm_compress._util.files import atomic_write
 from lbgm_compress._util.units import human_bytes

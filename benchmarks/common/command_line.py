@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from datasets import IMAGES
-from models import IMAGE_MODELS
+
+from benchmarks.common.data import IMAGES
+from benchmarks.common.models import IMAGE_MODELS
 
 __all__ = [
     "INTERRUPTED",

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
-from models import build, parameters
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from benchmarks.common.data import Dataset
+from benchmarks.common.models import build, parameters
 from lbgm_compress import Compressor, Receiver, Sender
 
 __all__ = ["Round", "Training", "Workers", "evaluate", "local_updates", "run"]

@@ -14,17 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OFFLINE", "Federation", "federation", "free_port"]
+from benchmarks.common.processes import environment
 
-ROOT = Path(__file__).parent.parent
-# Flower and Ray report to nobody, and install nothing.
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "UV_OFFLINE": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+__all__ = ["Federation", "federation", "free_port"]
 
 
 def free_port() -> int:
@@ -42,16 +34,11 @@ class Federation:
         self.started: list[subprocess.Popen[bytes]] = []
         self.home = folder / "home"
         self.home.mkdir()
-        scripts = Path(sys.executable).parent
-        self.environment = {
-            **os.environ,
-            **OFFLINE,
-            "FLWR_HOME": str(self.home),
-            "FLOWER_JOB_STATE": str(folder / "state"),
-            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
+        self.environment = environment(
+            FLWR_HOME=str(self.home),
+            FLOWER_JOB_STATE=str(folder / "state"),
+            OMP_NUM_THREADS="1",
+        )
         self.port = free_port()
         (self.home / "config.toml").write_text(
             '[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\n'

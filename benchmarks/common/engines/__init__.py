@@ -1,0 +1,1 @@
+"""Engines that move the messages of `benchmarks/compare.py`: one process, DDP, Horovod, Flower."""
