@@ -131,7 +131,7 @@ def test_asking_after_every_gradient_changes_nothing(arguments):
 @pytest.mark.parametrize("piece", [8 * 15, 8 * 15 * 64])
 def test_pieces_of_any_width_give_the_same(piece, arguments, monkeypatch):
     matrix = low_rank(10, 15, 1061)
-    monkeypatch.setattr("lbgm_compress.analysis.gradient_space.PIECE", piece)
+    monkeypatch.setattr("lbgm_compress.analysis.gram.PIECE", piece)
     space = filled(gradients(matrix, SHAPES), per_layer=True, **arguments)
     gram = matrix.astype(np.float32).astype(float) @ matrix.astype(np.float32).astype(float).T
     norms = np.sqrt(np.diag(gram))
