@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbgm_compress.compressor import Compressor, Encoding, State, all_finite, raw
-from lbgm_compress.decoded import Decoded
+from lbgm_compress.compressor import Encoding, State, all_finite, raw
 from lbgm_compress.wire.message import Kind
+from lbgm_compress.wrapper import Wrapper
 
 __all__ = ["ErrorFeedback"]
 
 
 @dataclass(frozen=True, repr=False)
-class ErrorFeedback(Compressor):
+class ErrorFeedback(Wrapper):
     """Adds the residual of the last round before it compresses (arXiv 1901.09847, algorithm 1).
 
     corrected = gradient + residual; residual = corrected - decoded. The residual is kept in
@@ -37,49 +37,9 @@ class ErrorFeedback(Compressor):
     tensor([0., 2.])
     """
 
-    inner: Compressor
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, Compressor):
-            raise ValueError(f"ErrorFeedback wraps a compressor, not {self.inner!r}")
-
-    @property
-    def kinds(self) -> frozenset[int]:  # type: ignore[override]
-        """Those of the inner compressor."""
-        return self.inner.kinds
-
-    @property
-    def receiver_has_state(self) -> bool:
-        return self.inner.receiver_has_state
-
     @property
     def has_residual(self) -> bool:
         return True
-
-    @property
-    def finishes_average(self) -> bool:
-        return self.inner.finishes_average
-
-    def initial_state(self, seed: int) -> State:
-        return {"inner": self.inner.initial_state(seed)}
-
-    def forget(self, state: State) -> State:
-        return {**state, "inner": self.inner.forget(state.get("inner", {}))}
-
-    def own_state(self, state: State) -> State:
-        return {**state, "inner": self.inner.own_state(state.get("inner", {}))}
-
-    def sender_state(self, own: State, held: State, like: Tensor) -> State:
-        return {**own, "inner": self.inner.sender_state(own.get("inner", {}), held, like)}
-
-    def head_size(self, like: Tensor) -> int:
-        return self.inner.head_size(like)
-
-    def finish(self, mean: Tensor) -> Tensor:
-        return self.inner.finish(mean)
-
-    def encode(self, grad: Tensor, state: State) -> Encoding:
-        return self.encode_batch([grad], [state])[0]
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if grads and grads[0].device.type == "cpu":
@@ -96,7 +56,7 @@ class ErrorFeedback(Compressor):
             for grad, state in zip(grads, states, strict=True)
         ]
         narrow = [c.to(grad.dtype) for c, grad in zip(corrected, grads, strict=True)]
-        inner = self.inner.encode_batch(narrow, [state.get("inner", {}) for state in states])
+        inner = self.inner.encode_batch(narrow, [self.inner_state(s) for s in states])
         results = []
         for i, finite in enumerate(all_finite(narrow)):
             grad, state, encoding = grads[i], states[i], inner[i]
@@ -110,11 +70,6 @@ class ErrorFeedback(Compressor):
             state = {"residual": residual, "inner": encoding.state}
             results.append(encoding._replace(state=state))
         return results
-
-    def decode(
-        self, head: bytes, body: Tensor, state: State, like: Tensor
-    ) -> tuple[Decoded, State]:
-        return self.inner.decode(head, body, state, like)
 
 
 def _wide(grad: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 import sys
@@ -13,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.checks import check_number
 from lbgm_compress.compressor import (
     Compressor,
     Encoding,
@@ -24,24 +24,20 @@ from lbgm_compress.compressor import (
 )
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.norm_budget import NormBudget
+from lbgm_compress.compressors.numerics import CHUNK, MARGIN, SQUARES, magnitude
 from lbgm_compress.decoded import Decoded, Dense
 from lbgm_compress.wire.message import Kind
+from lbgm_compress.wrapper import Wrapper
 
-__all__ = ["LBGM"]
+__all__ = ["LBGM", "Decision", "LookBack"]
 
 RECYCLED = Kind.USES
 RAW = int(Kind.RAW)
 FULL = Kind.SETS | Kind.BODY
-# Inner products in float32 are good to about 1e-5. A phase error this close to the threshold is
-# computed again in float64, so that decisions are those of exact arithmetic.
-MARGIN = 1e-4
-# Squares outside this range may have lost bits to underflow, or overflowed.
-SQUARES = (1e-30, 1e36)
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, repr=False)
-class LBGM(Compressor):
+class LBGM(Wrapper):
     """Sends one number where the gradient is nearly parallel to the last one sent in full.
 
     Algorithm 1 of "Recycling Model Updates in Federated Learning: Are Gradient Subspaces
@@ -101,16 +97,14 @@ class LBGM(Compressor):
     compare: str = "compressed"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Compressor):
-            raise ValueError(f"LBGM wraps a compressor, not {self.inner!r}")
+        super().__post_init__()
         if self.inner.receiver_has_state:
             raise ValueError(
                 f"LBGM cannot wrap {self.inner!r}, which looks back itself: a receiver keeps look-"
                 "back gradients as inner payloads, and must decode them without any other state"
             )
         if not isinstance(self.delta, NormBudget):
-            if isinstance(self.delta, bool) or not isinstance(self.delta, (int, float)):
-                raise ValueError(f"delta must be a number or a NormBudget, not {self.delta!r}")
+            check_number("delta", self.delta, kind="a number or a NormBudget")
             if not 0 <= self.delta <= 1:
                 raise ValueError(f"delta must be from 0 to 1, not {self.delta}")
         if self.compare not in ("compressed", "raw"):
@@ -127,18 +121,11 @@ class LBGM(Compressor):
         return True
 
     @property
-    def has_residual(self) -> bool:
-        return self.inner.has_residual
-
-    @property
-    def finishes_average(self) -> bool:
-        return self.inner.finishes_average
-
-    def initial_state(self, seed: int) -> State:
-        return {"inner": self.inner.initial_state(seed)}
+    def fixed_size(self) -> bool:
+        return False
 
     def forget(self, state: State) -> State:
-        return {"inner": state.get("inner", {})}
+        return {"inner": self.inner_state(state)}
 
     def own_state(self, state: State) -> State:
         return {name: value for name, value in state.items() if name != "look_back"}
@@ -153,77 +140,153 @@ class LBGM(Compressor):
     def head_size(self, like: Tensor) -> int:
         return 5
 
-    def finish(self, mean: Tensor) -> Tensor:
-        return self.inner.finish(mean)
-
-    def encode(self, grad: Tensor, state: State) -> Encoding:
-        return self.encode_batch([grad], [state])[0]
+    # --- the sender ------------------------------------------------------------------------------
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if self.compare == "raw":
             return self._encode_raw(grads, states)
-        inner = self.inner.encode_batch(grads, [state.get("inner", {}) for state in states])
+        inner = self.inner.encode_batch(grads, [self.inner_state(state) for state in states])
         return self.encode_over(inner, grads, states)
 
     def encode_over(
         self, inner: Sequence[Encoding], grads: Sequence[Tensor], states: Sequence[State]
     ) -> list[Encoding]:
-        """Do `encode_batch` of ``compare="compressed"``, from what the inner compressor made."""
-        angles = look_back([e.decoded for e in inner], states, self.delta)
+        """Compress gradients of which `inner` is what the inner compressor made."""
+        look_backs = [
+            LookBack(state["look_back"], state["square_norm"]) if "look_back" in state else None
+            for state in states
+        ]
+        decisions = self.decide([encoding.decoded for encoding in inner], look_backs)
         results = []
-        for grad, state, encoding, angle in zip(grads, states, inner, angles, strict=True):
-            if encoding.head[0] & RAW or not math.isfinite(angle.square_norm):
+        for grad, state, encoding, decision in zip(grads, states, inner, decisions, strict=True):
+            if encoding.head[0] & RAW or not math.isfinite(decision.square_norm):
                 results.append(raw(self, grad, state))
-            elif angle.recycled(self.delta):
-                decoded = Dense(state["look_back"]).scaled(angle.rho)
+                continue
+            head, body = self.pack(decision, encoding, grad.device)
+            if decision.recycled:
+                decoded = Dense(state["look_back"]).scaled(decision.rho)
                 state = {**state, "inner": encoding.state}
-                results.append(_recycled(angle, decoded, state))
             else:
+                decoded = encoding.decoded
                 state = {
-                    "look_back": owned(encoding.decoded, grad),
-                    "square_norm": angle.square_norm,
+                    "look_back": owned(decoded, grad),
+                    "square_norm": decision.square_norm,
                     "inner": encoding.state,
                 }
-                body = _without_kind(encoding, grad.device)
-                results.append(_full(angle, encoding.decoded, body, state))
+            results.append(Encoding(head, body, decoded, state, decision.phase_error))
         return results
 
     def _encode_raw(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        """Take the angles first, and run the inner compressor only where they are too large."""
-        references = [
-            {"look_back": state["reference"], "square_norm": state["square_norm"]}
-            if "look_back" in state
-            else {}
+        """Decide first, and run the inner compressor only for gradients that are sent in full."""
+        look_backs = [
+            LookBack(state["reference"], state["square_norm"]) if "reference" in state else None
             for state in states
         ]
-        angles = look_back([Dense(grad) for grad in grads], references, self.delta)
+        decisions = self.decide([Dense(grad) for grad in grads], look_backs)
         results: dict[int, Encoding] = {}
-        for i, (grad, state, angle) in enumerate(zip(grads, states, angles, strict=True)):
-            if not math.isfinite(angle.square_norm):
+        for i, (grad, state, decision) in enumerate(zip(grads, states, decisions, strict=True)):
+            if not math.isfinite(decision.square_norm):
                 results[i] = raw(self, grad, state)
-            elif angle.recycled(self.delta) and _within_range(angle.rho, state["largest"], grad):
-                decoded = self._look_back(state, grad).scaled(angle.rho)
-                results[i] = _recycled(angle, decoded, state)
+            elif decision.recycled and _within_range(decision.rho, state["largest"], grad):
+                decoded = self._look_back(state, grad).scaled(decision.rho)
+                results[i] = Encoding(
+                    _head(RECYCLED, decision.rho), None, decoded, state, decision.phase_error
+                )
         rest = [i for i in range(len(grads)) if i not in results]
         inner = self.inner.encode_batch(
-            [grads[i] for i in rest], [states[i].get("inner", {}) for i in rest]
+            [grads[i] for i in rest], [self.inner_state(states[i]) for i in rest]
         )
         for i, encoding in zip(rest, inner, strict=True):
-            grad, angle = grads[i], angles[i]
-            if encoding.head[0] & RAW:
-                results[i] = raw(self, grad, states[i])
-                continue
-            payload = encoding.payload(grad.device)[1:]
-            state = {
-                "look_back": payload,
-                "largest": _magnitude(encoding.decoded.dense()),
-                "reference": grad.clone(memory_format=torch.contiguous_format),
-                "square_norm": angle.square_norm,
-                "inner": encoding.state,
-            }
-            body = functools.partial(_same, payload)
-            results[i] = _full(angle, encoding.decoded, body, state)
+            results[i] = self._full_raw(grads[i], states[i], encoding, decisions[i])
         return [results[i] for i in range(len(grads))]
+
+    def _full_raw(
+        self, grad: Tensor, state: State, inner: Encoding, decision: Decision
+    ) -> Encoding:
+        if inner.head[0] & RAW:
+            return raw(self, grad, state)
+        payload = inner.payload(grad.device)[1:]
+        state = {
+            "look_back": payload,
+            "largest": magnitude(inner.decoded.dense()),
+            "reference": grad.clone(memory_format=torch.contiguous_format),
+            "square_norm": decision.square_norm,
+            "inner": inner.state,
+        }
+        head = _head(FULL, 1.0)
+        return Encoding(head, lambda: payload, inner.decoded, state, decision.phase_error)
+
+    def decide(
+        self, gradients: Sequence[Decoded], look_backs: Sequence[LookBack | None]
+    ) -> list[Decision]:
+        """Decide what to send for several gradients, with one device synchronisation.
+
+        Parameters
+        ----------
+        gradients
+            The gradients g, as the inner compressor decodes them.
+        look_backs
+            The look-back gradient of each; None before the first full gradient.
+        """
+        if not gradients:
+            return []
+        products: list[Tensor] = []
+        for gradient, look_back in zip(gradients, look_backs, strict=True):
+            products += gradient.dots(None if look_back is None else look_back.gradient)
+        if len({product.dtype for product in products}) > 1:
+            products = [product.double() for product in products]
+        numbers = torch.stack(products).tolist()
+        return [
+            self._decision(gradient, look_back, gg, gl)
+            for gradient, look_back, gg, gl in zip(
+                gradients, look_backs, numbers[::2], numbers[1::2], strict=True
+            )
+        ]
+
+    def pack(
+        self, decision: Decision, inner: Encoding, device: torch.device
+    ) -> tuple[bytes, Callable[[], Tensor] | None]:
+        """Return head and body of a payload: what `decision` says about the gradient of `inner`.
+
+        The body is None for a recycled gradient; else it makes the rest of the payload, a flat
+        uint8 tensor on `device`.
+        """
+        if decision.recycled:
+            return _head(RECYCLED, decision.rho), None
+        if len(inner.head) == 1:
+            return _head(FULL, 1.0), inner.body
+        return _head(FULL, 1.0), lambda: inner.payload(device)[1:]
+
+    def _decision(
+        self, gradient: Decoded, look_back: LookBack | None, gg: float, gl: float
+    ) -> Decision:
+        """Decide from <g, g> and <g, l>, which were taken in float32 at least."""
+        ll = gg if look_back is None else look_back.square_norm
+        angle = None
+        if all(SQUARES[0] < square < SQUARES[1] for square in (gg, ll)):
+            if look_back is None:
+                return Decision(False, 1.0, None, gg)
+            rho = gl / ll
+            phase_error = 1.0 - (gl / gg) * rho
+            if abs(phase_error - self._limit(gg)) > MARGIN:
+                angle = Angle(gg, max(phase_error, 0.0), rho, abs(gl) / math.sqrt(ll))
+        if angle is None:
+            angle = _exact_angle(gradient.dense(), None if look_back is None else look_back[0])
+        if look_back is None or angle.phase_error is None:
+            return Decision(False, 1.0, angle.phase_error, angle.square_norm)
+        recycled = angle.phase_error <= self._limit(angle.square_norm) and _usable(
+            angle, look_back.gradient
+        )
+        rho = _rounded(angle.rho) if recycled else 1.0
+        return Decision(recycled, rho, angle.phase_error, angle.square_norm)
+
+    def _limit(self, square_norm: float) -> float:
+        """Return the largest phase error at which a gradient with this |g|^2 is recycled."""
+        if isinstance(self.delta, NormBudget):
+            return self.delta.limit(square_norm)
+        return self.delta
+
+    # --- the receiver ----------------------------------------------------------------------------
 
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
@@ -242,6 +305,7 @@ class LBGM(Compressor):
         return self._look_back(state, like).scaled(rho), state
 
     def _look_back(self, state: State, like: Tensor) -> Decoded:
+        """Decode the look-back gradient from the inner payload that `state` holds."""
         payload = state["look_back"]
         size = self.inner.head_size(like) - 1
         if payload.numel() < size:
@@ -250,92 +314,61 @@ class LBGM(Compressor):
         return self.inner.read(head, payload[size:], {}, like)[0]
 
 
-def _recycled(angle: Angle, decoded: Decoded, state: State) -> Encoding:
-    head = struct.pack("<Bf", RECYCLED, angle.rho)
-    return Encoding(head, None, decoded, state, angle.phase_error)
+class LookBack(NamedTuple):
+    """A look-back gradient."""
+
+    gradient: Tensor
+    """l, dense."""
+    square_norm: float
+    """|l|^2, as the `Decision` gave it by which l was sent in full."""
 
 
-def _full(
-    angle: Angle, decoded: Decoded, body: Callable[[], Tensor] | None, state: State
-) -> Encoding:
-    return Encoding(struct.pack("<Bf", FULL, 1.0), body, decoded, state, angle.phase_error)
+class Decision(NamedTuple):
+    """What LBGM sends for one gradient g, and why."""
 
+    recycled: bool
+    """True if rho is sent alone, False if g is sent in full."""
+    rho: float
+    """The look-back coefficient, rounded to float32; 1 if g is sent in full."""
+    phase_error: float | None
+    """sin^2(alpha); None without a look-back gradient."""
+    square_norm: float
+    """|g|^2; inf or nan only if g holds inf or nan."""
 
-def _same(payload: Tensor) -> Tensor:
-    return payload
+    def holds_at(self, delta: float) -> bool:
+        """Return whether another threshold is known to decide alike.
 
-
-def _without_kind(encoding: Encoding, device: torch.device) -> Callable[[], Tensor] | None:
-    if len(encoding.head) == 1:
-        return encoding.body
-    return lambda: encoding.payload(device)[1:]
-
-
-def _limit(delta: float | NormBudget, square_norm: float) -> float:
-    """Return the largest phase error at which a gradient with this |g|^2 is recycled."""
-    return delta.limit(square_norm) if isinstance(delta, NormBudget) else delta
+        The look-back gradient must be the same. False near the threshold, where the phase error
+        would be computed more precisely.
+        """
+        if self.phase_error is None:
+            return True
+        if self.recycled:
+            return self.phase_error < delta - MARGIN
+        return self.phase_error > delta + MARGIN
 
 
 class Angle(NamedTuple):
-    """How a gradient stands to its look-back gradient."""
+    """The angle between a gradient g and its look-back gradient l."""
 
     square_norm: float
     """|g|^2; inf or nan only if g holds inf or nan."""
     phase_error: float | None
-    """sin^2(alpha), or None without a look-back gradient."""
+    """sin^2(alpha); None without a look-back gradient."""
     rho: float
-    """<g, l> / |l|^2, rounded to float32; nan if it may not be used."""
-
-    def recycled(self, delta: float | NormBudget) -> bool:
-        """Whether to send rho alone."""
-        if self.phase_error is None or math.isnan(self.rho):
-            return False
-        return self.phase_error <= _limit(delta, self.square_norm)
+    """<g, l> / |l|^2; nan for l = 0."""
+    projection: float
+    """|rho l|, which bounds every element of rho l."""
 
 
-def look_back(
-    grads: Sequence[Decoded], states: Sequence[State], delta: float | NormBudget
-) -> list[Angle]:
-    """Take the angles between gradients and look-back gradients, with one synchronisation.
-
-    `states` are LBGM's; where one has no look-back gradient, only the norm is taken.
-    """
-    if not grads:
-        return []
-    products: list[Tensor] = []
-    for grad, state in zip(grads, states, strict=True):
-        products += grad.dots(state.get("look_back"))
-    if len({product.dtype for product in products}) > 1:
-        products = [product.double() for product in products]
-    numbers = torch.stack(products).tolist()
-    return [
-        _angle(grad, state, delta, gg, gl)
-        for grad, state, gg, gl in zip(grads, states, numbers[::2], numbers[1::2], strict=True)
-    ]
-
-
-def _angle(grad: Decoded, state: State, delta: float | NormBudget, gg: float, gl: float) -> Angle:
-    look_back = state.get("look_back")
-    ll = state.get("square_norm", gg)
-    if all(SQUARES[0] < square < SQUARES[1] for square in (gg, ll)):
-        if look_back is None:
-            return Angle(gg, None, math.nan)
-        rho = gl / ll
-        phase_error = 1.0 - (gl / gg) * rho
-        if abs(phase_error - _limit(delta, gg)) > MARGIN:
-            rho = _usable(rho, abs(gl) / math.sqrt(ll), look_back)
-            return Angle(gg, max(phase_error, 0.0), rho)
-    return _precise_angle(grad.dense(), look_back)
-
-
-def _precise_angle(grad: Tensor, look_back: Tensor | None) -> Angle:
+def _exact_angle(grad: Tensor, look_back: Tensor | None) -> Angle:
     """Take the angle in float64, on magnitudes scaled to 1, without cancellation."""
-    g_max = _magnitude(grad)
+    g_max = magnitude(grad)
     if not math.isfinite(g_max):
-        return Angle(g_max, None, math.nan)
-    l_max = 0.0 if look_back is None else _magnitude(look_back)
+        return Angle(g_max, None, math.nan, math.nan)
+    l_max = 0.0 if look_back is None else magnitude(look_back)
     if g_max == 0:
-        return Angle(0.0, None if look_back is None else 0.0, 0.0)
+        return Angle(0.0, None if look_back is None else 0.0, 0.0, 0.0)
     gg = gl = ll = 0.0
     for g, lb in _chunks(grad, g_max, look_back, l_max):
         gg += float(torch.dot(g, g))
@@ -343,19 +376,15 @@ def _precise_angle(grad: Tensor, look_back: Tensor | None) -> Angle:
         ll += float(torch.dot(lb, lb))
     square_norm = min(gg * g_max * g_max, sys.float_info.max)
     if look_back is None:
-        return Angle(square_norm, None, math.nan)
+        return Angle(square_norm, None, math.nan, math.nan)
     if l_max == 0:
-        return Angle(square_norm, 1.0, math.nan)
+        return Angle(square_norm, 1.0, math.nan, math.nan)
     missed = 0.0
     for g, lb in _chunks(grad, g_max, look_back, l_max):
         difference = g - gl / ll * lb
         missed += float(torch.dot(difference, difference))
-    rho = _usable(gl / ll * (g_max / l_max), abs(gl) / math.sqrt(ll) * g_max, look_back)
-    return Angle(square_norm, min(missed / gg, 1.0), rho)
-
-
-def _magnitude(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    rho, projection = gl / ll * (g_max / l_max), abs(gl) / math.sqrt(ll) * g_max
+    return Angle(square_norm, min(missed / gg, 1.0), rho, projection)
 
 
 def _chunks(
@@ -369,23 +398,27 @@ def _chunks(
         yield flat[part].double() / g_max, other[part].double() / (l_max or 1.0)
 
 
-def _usable(rho: float, projection: float, look_back: Tensor) -> float:
-    """Return rho rounded to float32, or nan if it or rho * l would leave its range.
-
-    `projection` is |rho| |l|, which bounds every element of rho * l.
-    """
-    limits = torch.finfo(torch.float32)
+def _usable(angle: Angle, look_back: Tensor) -> bool:
+    """Return whether rho is in the range of float32, and rho * l in that of its dtype."""
+    rho, limits = angle.rho, torch.finfo(torch.float32)
     if rho != 0 and not limits.tiny <= abs(rho) <= limits.max:
-        return math.nan
-    rounded: float = struct.unpack("<f", struct.pack("<f", rho))[0]
-    # The bound is coarse in float16: only beyond it the largest element decides.
-    if not _within_range(1.0, projection, look_back) and not _within_range(
-        rho, _magnitude(look_back), look_back
-    ):
-        return math.nan
-    return rounded
+        return False
+    # The projection is a coarse bound in float16: beyond it the largest element decides.
+    return _within_range(1.0, angle.projection, look_back) or _within_range(
+        rho, magnitude(look_back), look_back
+    )
 
 
 def _within_range(rho: float, largest: float, like: Tensor) -> bool:
-    """Whether rho times an element of this magnitude stays within the range of the dtype."""
+    """Return whether rho times an element of this magnitude stays within the range of the dtype."""
     return abs(rho) * largest * 1.001 <= torch.finfo(like.dtype).max
+
+
+def _head(kind: int, rho: float) -> bytes:
+    return struct.pack("<Bf", kind, rho)
+
+
+def _rounded(rho: float) -> float:
+    """Return rho as float32 holds it."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", rho))[0]
+    return rounded

@@ -20,7 +20,7 @@ from lbgm_compress.compressor import (
     raw,
     square_sum,
 )
-from lbgm_compress.compressors.lbgm import CHUNK, MARGIN, SQUARES
+from lbgm_compress.compressors.numerics import CHUNK, MARGIN, SQUARES
 from lbgm_compress.compressors.svd import leading_triplets
 from lbgm_compress.decoded import Decoded, Dense, LowRank, Sparse, working_dtype
 from lbgm_compress.wire.bits import read_varints, varint

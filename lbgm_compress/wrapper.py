@@ -1,0 +1,98 @@
+"""The base class of compressors around another compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lbgm_compress.compressor import Compressor, Encoding, State
+from lbgm_compress.decoded import Decoded
+
+__all__ = ["Wrapper"]
+
+
+@dataclass(frozen=True, repr=False)
+class Wrapper(Compressor):
+    """A compressor around `inner` that behaves as `inner` does.
+
+    Subclasses override what they change. The sender's state of `inner` is the entry "inner" of the
+    wrapper's, beside whatever a subclass keeps there; the receiver's state is that of `inner`.
+
+    Parameters
+    ----------
+    inner
+        The wrapped compressor.
+
+    Raises
+    ------
+    ValueError
+        If `inner` is not a compressor.
+    """
+
+    inner: Compressor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Compressor):
+            raise ValueError(f"{type(self).__name__} wraps a compressor, not {self.inner!r}")
+
+    @property
+    def kinds(self) -> frozenset[int]:  # type: ignore[override]
+        """The kinds of payload of the inner compressor."""
+        return self.inner.kinds
+
+    @property
+    def receiver_has_state(self) -> bool:
+        return self.inner.receiver_has_state
+
+    @property
+    def has_residual(self) -> bool:
+        return self.inner.has_residual
+
+    @property
+    def fixed_size(self) -> bool:
+        return self.inner.fixed_size
+
+    @property
+    def finishes_average(self) -> bool:
+        return self.inner.finishes_average
+
+    def finish(self, mean: Tensor) -> Tensor:
+        return self.inner.finish(mean)
+
+    def initial_state(self, seed: int) -> State:
+        return {"inner": self.inner.initial_state(seed)}
+
+    def forget(self, state: State) -> State:
+        return {**state, "inner": self.inner.forget(self.inner_state(state))}
+
+    def own_state(self, state: State) -> State:
+        return {**state, "inner": self.inner.own_state(self.inner_state(state))}
+
+    def sender_state(self, own: State, held: State, like: Tensor) -> State:
+        return {**own, "inner": self.inner.sender_state(self.inner_state(own), held, like)}
+
+    def head_size(self, like: Tensor) -> int:
+        return self.inner.head_size(like)
+
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        return self.encode_batch([grad], [state])[0]
+
+    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        encodings = self.inner.encode_batch(grads, [self.inner_state(state) for state in states])
+        return [
+            encoding._replace(state={**state, "inner": encoding.state})
+            for encoding, state in zip(encodings, states, strict=True)
+        ]
+
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        return self.inner.decode(head, body, state, like)
+
+    @staticmethod
+    def inner_state(state: State) -> State:
+        """Return the inner compressor's part of a sender's state."""
+        inner: State = state.get("inner", {})
+        return inner
