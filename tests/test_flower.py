@@ -41,7 +41,8 @@ from lbgm_compress.adapters.flower import (
     plots,
 )
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
-from lbgm_compress.adapters.flower.update import DTYPES, KEY, Request
+from lbgm_compress.adapters.flower.reply import DTYPES
+from lbgm_compress.adapters.flower.request import KEY, Request
 from tests.flower_loopback import LoopbackGrid, arrays_of, context, make_app, start
 from tests.laws import assert_same_bits, saved_and_loaded
 
@@ -391,11 +392,11 @@ def test_clients_not_seen_for_long_are_forgotten_and_the_least_recent_go_first()
     result = strategy.start(grid, arrays_of(), num_rounds=1)
     assert result.train_metrics_clientapp[1]["recycled-share"] == 0.5
 
-    strategy._held.memory_limit = int(2.5 * each)
+    strategy._states.memory_limit = int(2.5 * each)
     strategy.start(grid, arrays_of(), num_rounds=1)
     assert len(strategy.held_clients()) == 2
     assert strategy.held_bytes() <= 2.5 * each
-    strategy._held.memory_limit = 0
+    strategy._states.memory_limit = 0
     strategy.start(grid, arrays_of(), num_rounds=1)
     assert strategy.held_clients() == []
     assert strategy.state_dict()["clients"] == {}
@@ -410,7 +411,7 @@ def test_least_recently_seen_client_goes_first():
         grid.contexts = {node: everyone[node]}
         strategy.start(grid, arrays_of(), num_rounds=1)
     assert strategy.held_clients() == [102, 100, 101]
-    strategy._held.memory_limit = strategy.held_bytes() - 1
+    strategy._states.memory_limit = strategy.held_bytes() - 1
     grid.contexts = {100: everyone[100]}
     strategy.start(grid, arrays_of(), num_rounds=1)
     assert strategy.held_clients() == [101, 100]

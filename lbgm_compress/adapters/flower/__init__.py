@@ -1,4 +1,4 @@
-"""LBGM for Flower's message API: a mod at the clients, a strategy around yours at the server.
+"""LBGM for Flower's message API: a mod for the clients, and a strategy around yours at the server.
 
 >>> from flwr.clientapp import ClientApp
 >>> from flwr.serverapp.strategy import FedAvg
@@ -7,14 +7,23 @@
 >>> app = ClientApp(mods=[compression_mod])  # client_app.py
 >>> strategy = CompressedStrategy(FedAvg(), LBGM(TopK(0.01)))  # server_app.py
 
-A round: the strategy adds to each train message the compressor and the digest of what it holds of
-that client. The client's app trains as ever; the mod takes the update, new parameters minus
-received ones, compresses it with a `lbgm_compress.Sender`, and replies one array of bytes. The
-strategy decodes it with the `lbgm_compress.Receiver` of that client, adds the received parameters,
-and hands the inner strategy the dense reply that it would have had.
+A round has three steps:
 
-What a client looks back at is used only where the digest says that the server holds the same, so
-that lost replies, late clients and restarts at either end cost one full update, never a wrong one.
+1. The strategy adds a request to each train message: the compressor, and the digest of the state
+   that the server holds of the client.
+2. The client's app trains as without compression. The mod takes the update, the new parameters
+   minus the received ones, compresses it with a `lbgm_compress.Sender`, and replies with one array
+   of bytes.
+3. The strategy decodes the array with the `lbgm_compress.Receiver` of that client, adds the
+   parameters that it sent, and hands the inner strategy the dense reply that it would get without
+   compression.
+
+A client uses a look-back gradient only if the digest says that the server holds the same one.
+Therefore a lost reply, a late client or a restart at either end costs one full update, and never
+gives a wrong one.
+
+Compressors of your own are named at both ends: ``CompressionMod(compressors=[RandomK])`` and
+``CompressedStrategy(FedAvg(), RandomK(0.1), compressors=[RandomK])``.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""States as bytes, without pickle."""
+"""States as bytes in the format of safetensors, without pickle."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ TREE, CHECK = "tree", "check"
 def pack_state(state: Any) -> bytes:
     """Return a nested state of dicts, lists, tensors, numbers and strings as bytes.
 
-    They are a file of safetensors, which holds the tensors (any dtype and shape), the structure
-    around them as JSON, and a BLAKE2b hash of it all.
+    The bytes are a file of safetensors with the tensors (of any dtype and shape), the structure
+    around them as JSON, and a BLAKE2b hash of everything.
     """
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_described(state, tensors)).encode()
+    tree = json.dumps(_to_tree(state, tensors)).encode()
     tensors[TREE] = torch.frombuffer(bytearray(tree), dtype=torch.uint8)
     tensors[CHECK] = _check(tensors)
     return safetensors.torch.save(tensors)
 
 
 def unpack_state(data: bytes) -> Any:
-    """Return the state that `pack_state` was given; lists come back as tuples.
+    """Return the state that `pack_state` made bytes of; lists come back as tuples.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def unpack_state(data: bytes) -> Any:
         tensors = safetensors.torch.load(data)
         if not torch.equal(tensors.pop(CHECK), _check(tensors)):
             raise ValueError("they have changed since they were written")
-        return _restored(json.loads(tensors[TREE].numpy().tobytes()), tensors)
+        return _from_tree(json.loads(tensors[TREE].numpy().tobytes()), tensors)
     except (
         *(safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError),
         RuntimeError,
@@ -54,12 +54,12 @@ def unpack_state(data: bytes) -> Any:
 
 
 def write_state(path: Path, state: Any) -> None:
-    """Write a state to a file that only its owner reads."""
+    """Write a state to a file that only its owner may read."""
     atomic_write(path, pack_state(state), mode=0o600)
 
 
 def _check(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Hash names, dtypes, shapes and elements."""
+    """Return a hash of names, dtypes, shapes and elements."""
     hashed = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -68,7 +68,7 @@ def _check(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.frombuffer(bytearray(hashed.digest()), dtype=torch.uint8)
 
 
-def _described(state: Any, tensors: dict[str, Tensor]) -> Any:
+def _to_tree(state: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         name = str(len(tensors))
         tensors[name] = state.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -76,30 +76,29 @@ def _described(state: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Mapping):
         return {
             "dict": [
-                [_described(key, tensors), _described(value, tensors)]
-                for key, value in state.items()
+                [_to_tree(key, tensors), _to_tree(value, tensors)] for key, value in state.items()
             ]
         }
     if isinstance(state, (list, tuple)):
-        return {"list": [_described(value, tensors) for value in state]}
+        return {"list": [_to_tree(value, tensors) for value in state]}
     if isinstance(state, int) and abs(state) >= 2**32:
-        # Random identifiers take the same space whatever they are.
+        # Random identifiers all take the same space.
         return {"hex": format(state, "016x")}
     if state is None or isinstance(state, (bool, int, float, str)):
         return state
     raise TypeError(f"a state holds tensors, numbers and strings, not {type(state).__name__}")
 
 
-def _restored(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _from_tree(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
     [(kind, value)] = tree.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {_restored(key, tensors): _restored(item, tensors) for key, item in value}
+        return {_from_tree(key, tensors): _from_tree(item, tensors) for key, item in value}
     if kind == "hex":
         return int(value, 16)
     if kind == "list":
-        return tuple(_restored(item, tensors) for item in value)
+        return tuple(_from_tree(item, tensors) for item in value)
     raise ValueError(f"unknown structure {kind!r}")

@@ -1,4 +1,4 @@
-"""What a server holds of its clients, between their replies."""
+"""The states of all clients at the server, between their replies."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lbgm_compress.compressor import Compressor
 from lbgm_compress.endpoints import Receiver, TensorReport
 from lbgm_compress.wire.errors import OutOfSyncError
 
-__all__ = ["Held", "layout_of"]
+__all__ = ["ClientStates", "layout_of"]
 
-# Receivers that are kept made: clients of one model mostly share one.
+# The number of receivers that are kept for reuse. Clients of one model mostly share one.
 RECEIVERS = 8
 Layout = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
 def layout_of(likes: Mapping[str, Tensor]) -> tuple[Layout, bytes]:
-    """Return names, shapes and dtypes of tensors, and 16 bytes that stand for them."""
+    """Return names, shapes and dtypes of tensors, and a hash of them (16 bytes)."""
     layout = tuple(
         (name, tuple(like.shape), str(like.dtype).removeprefix("torch."))
         for name, like in likes.items()
@@ -31,10 +31,11 @@ def layout_of(likes: Mapping[str, Tensor]) -> tuple[Layout, bytes]:
 
 
 class _Client(NamedTuple):
-    """What is held of a client, in bytes: objects would take many times more for small tensors."""
+    """The state of one client, as bytes: objects would take far more memory for small tensors."""
 
     layout: Layout
     seen: int
+    """The round of the client's last reply."""
     layout_id: bytes
     digest: bytes
     state: bytes
@@ -44,15 +45,18 @@ class _Client(NamedTuple):
         return len(self.state) + len(self.digest) + len(self.layout_id)
 
 
-class Held:
-    """The look-back gradients of many clients, each as compressed as it came.
+class ClientStates:
+    """The look-back gradients of many clients, compressed as they arrived.
 
     Parameters
     ----------
     compressor
-        What the clients use.
-    keep_rounds, memory_limit
-        As `CompressedStrategy` has them.
+        The compressor that the clients use.
+    keep_rounds
+        The number of rounds after which the state of a client that does not reply is dropped, or
+        None.
+    memory_limit
+        The largest number of bytes to hold between rounds, or None.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Held:
         self.compressor = compressor
         self.keep_rounds, self.memory_limit = keep_rounds, memory_limit
         self.rounds = 0
-        # The least recently seen first.
+        # In the order of their last replies, the oldest first.
         self._clients: dict[int, _Client] = {}
         self._bytes = 0
         self._receivers: dict[Layout, Receiver] = {}
@@ -70,15 +74,15 @@ class Held:
         return len(self._clients)
 
     def nbytes(self) -> int:
-        """Return how many bytes are held of all clients together."""
+        """Return the number of bytes held of all clients together."""
         return self._bytes
 
     def clients(self) -> list[int]:
-        """Return the ids of the clients, least recently seen first."""
+        """Return the ids of the clients, the least recently seen first."""
         return list(self._clients)
 
     def digest(self, node: int) -> tuple[bytes, bytes]:
-        """Return for which layout something is held of a client, and its digest; or nothing."""
+        """Return the layout's hash and the digest of a client's state; empty if there is none."""
         client = self._clients.get(node)
         return (b"", b"") if client is None else (client.layout_id, client.digest)
 
@@ -90,24 +94,28 @@ class Held:
         names: list[str],
         check: Callable[[Mapping[str, Tensor]], None],
     ) -> dict[str, TensorReport]:
-        """Decode a client's message, and hold what it sets.
+        """Decode a client's message, and keep the state that it sets.
 
         Parameters
         ----------
         node
-            Who sent it.
+            The client that sent it.
         likes
-            Stand-ins for all tensors that the client's messages may be about.
+            Placeholders for all tensors that the client's messages may be about.
         message
-            Flat uint8, about the tensors `names`.
+            The message: flat uint8, about the tensors `names`.
+        names
+            Names of the tensors in the message.
         check
-            Called with the decoded tensors: what it raises refuses the message.
+            Called with the decoded tensors. An error that it raises rejects the message.
 
         Raises
         ------
         PayloadError
-            If it is no such message. What is held is as it was, but for a message that looks back
-            at something else than is held: then nothing is, so that the client sends in full.
+            If it is not a message for these tensors. The state of the client is as it was.
+        OutOfSyncError
+            If it looks back at something that is not held. The state of the client is dropped, so
+            that the client sends in full next time.
         """
         layout, layout_id = layout_of(likes)
         receiver = self._receiver(layout)
@@ -133,15 +141,15 @@ class Held:
         return report
 
     def drop(self, node: int) -> None:
-        """Forget a client, known or not."""
+        """Drop the state of a client, if there is one."""
         client = self._clients.pop(node, None)
         if client is not None:
             self._bytes -= client.nbytes
 
     def end_round(self) -> None:
-        """Forget clients that have not been seen for too long, and those there is no room for.
+        """Drop states that are too old, and the oldest ones as long as the limit is exceeded.
 
-        Not before the end of a round: the others have been told what is held of them.
+        This must wait for the end of a round, since clients have been sent digests of their states.
         """
         for node, client in list(self._clients.items()):
             old = self.keep_rounds is not None and client.seen <= self.rounds - self.keep_rounds
@@ -150,7 +158,7 @@ class Held:
                 self.drop(node)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as a nested dict of tensors, numbers and strings."""
+        """Return all states as a nested dict of tensors, numbers and strings."""
         layouts = list(dict.fromkeys(client.layout for client in self._clients.values()))
         positions = {layout: i for i, layout in enumerate(layouts)}
         return {
@@ -169,12 +177,12 @@ class Held:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace everything by what `state_dict` returned.
+        """Replace all states by those of a dict that `state_dict` returned.
 
         Raises
         ------
         ValueError, KeyError, TypeError, IndexError, AttributeError
-            If it is no such state, or that of another compressor. Nothing is changed.
+            If it is not such a dict, or that of another compressor. Nothing is changed.
         """
         if state["compressor"] != repr(self.compressor):
             raise ValueError(

@@ -1,10 +1,10 @@
-"""The client's end: a mod that compresses the updates of any ClientApp."""
+"""The client's end: a mod that compresses the updates of a ClientApp."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,16 @@ from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state, write_state
 from lbgm_compress.adapters.flower.client_states import layout_of
-from lbgm_compress.adapters.flower.update import (
-    ADDED,
-    KEY,
+from lbgm_compress.adapters.flower.reply import (
     NDArray,
     Reply,
-    Request,
     compressible,
     default_parts,
-    excluded,
+    matching,
     updates,
 )
+from lbgm_compress.adapters.flower.request import ADDED, KEY, Request
+from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.endpoints import Sender
 from lbgm_compress.wire.errors import PayloadError
 
@@ -37,47 +36,72 @@ logger = logging.getLogger("flwr")
 
 
 class CompressionMod:
-    """A Flower mod that sends compressed updates, as `CompressedStrategy` asks for.
+    """A Flower mod that compresses the updates of a client as `CompressedStrategy` asks for.
 
-    Put it first into the list of mods: what the others make of the parameters, clipping and noise
-    for example, is then what is compressed. Messages that do not come from a `CompressedStrategy`
-    pass through unchanged, and so do evaluation and queries.
+    Put it first into the list of mods, so that the changes of the others, such as clipping and
+    noise, are compressed too. Messages that do not come from a `CompressedStrategy` pass through
+    unchanged, and so do evaluation and queries.
 
-    Between rounds it keeps a `lbgm_compress.Sender`'s compact state: the compressed look-back
-    gradients, and a residual of the model's size for each `ErrorFeedback`. By default it is in
-    ``context.state``, where Flower keeps it for the run, and moves it through its messages inside
-    the client in every round. What a lost reply carried is lost, residual included, as it would be
-    without compression.
+    Between rounds the mod keeps the compact state of a `lbgm_compress.Sender`: the compressed
+    look-back gradients, and a residual of the model's size for each `ErrorFeedback`. By default
+    the state is in ``context.state``, which Flower keeps for the run and moves through its messages
+    inside the client in every round. An update whose reply is lost is lost with it, residual
+    included, as it would be without compression.
 
     Parameters
     ----------
     state_dir
-        A folder for the state instead, made if it does not exist: one file for each training and
-        node. It is for large states, and survives a restart of the client where its node id does:
-        in deployment, that of a SuperNode with an authentication key. It may hold clients of
-        several nodes; files of trainings that are over may be deleted.
+        A folder for the state instead, made if it does not exist, with one file for each training
+        and node. It suits large states, and survives a restart of the client if its node id does:
+        in deployment, that of a SuperNode with an authentication key. Clients of several nodes may
+        share the folder. Files of trainings that are over may be deleted.
+    compressors
+        Classes besides those of `lbgm_compress` that the server's compressor may name: compressors
+        of your own, and classes that their constructors take as arguments. The server needs the
+        same: ``CompressedStrategy(..., compressors=[...])``. No other class is ever called.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `compressors` holds something that is not a class, or two classes of one name.
 
     Notes
     -----
     A reply is an error (``MOD_FAILED_PRECONDITION``), and the state stays as it was, if the app
-    returns other than one ArrayRecord with the names and shapes that it received.
+    returns anything but one ArrayRecord with the names and shapes that it received, or if the
+    server asks for a compressor that this client does not know.
+
+    Examples
+    --------
+    >>> from flwr.clientapp import ClientApp
+    >>> from lbgm_compress.adapters.grace import FromGrace
+    >>> class TopKCompressor: ...  # one of GRACE's
+    >>> app = ClientApp(mods=[CompressionMod(compressors=[FromGrace, TopKCompressor])])
     """
 
-    def __init__(self, state_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        state_dir: str | os.PathLike[str] | None = None,
+        *,
+        compressors: Sequence[type] = (),
+    ) -> None:
         self.state_dir = None if state_dir is None else Path(state_dir)
+        self.compressors = tuple(compressors)
+        # Classes that cannot be used are an error here, before the first message.
+        parse_compressor("Identity()", self.compressors)
 
     def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
-        """Run the app, and compress what it replies."""
+        """Run the app, and compress the arrays of its reply."""
         asked = _take_request(msg)
         if asked is None:
             return call_next(msg, ctxt)
         try:
-            request = Request.unpack(asked)
+            request = Request.unpack(asked, self.compressors)
             [received] = _one_record(msg, "message").values()
             # The app may empty the record that it is given.
             sent = _arrays(dict(received))
-            outside = excluded(sent, request.exclude)
-            defaults = default_parts(sent, outside)
+            excluded = matching(sent, request.exclude)
+            defaults = default_parts(sent, excluded)
         except ValueError as error:
             return _failed(error, msg)
         reply = call_next(msg, ctxt)
@@ -86,11 +110,11 @@ class CompressionMod:
         try:
             [(key, record)] = _one_record(reply, "reply").items()
             new = _arrays(dict(record))
-            parts, changes = updates(sent, new, outside)
+            parts, changes = updates(sent, new, excluded)
             sender = self._sender(request, ctxt, changes)
             message = None
             if changes:
-                peer = _digest(request, compressible(parts, outside), changes)
+                peer = _digest(request, compressible(parts, excluded), changes)
                 try:
                     message = sender.compress(changes, peer)
                 except PayloadError as error:
@@ -125,7 +149,7 @@ class CompressionMod:
         return sender
 
     def _fresh(self, request: Request, ctxt: Context) -> Sender:
-        # Draws that are to be the same in a second run must not depend on a random node id.
+        # A node id is random, and draws must be the same in a second run.
         seed = ctxt.node_config.get("partition-id", ctxt.node_id)
         seed = seed if isinstance(seed, int) else ctxt.node_id
         return Sender(request.compressor, seed=seed, compact=True)
@@ -153,7 +177,7 @@ class CompressionMod:
 
     def _file(self, request: Request, ctxt: Context) -> Path:
         assert self.state_dir is not None
-        # The name is the server's word: nothing in it may leave the folder.
+        # The name comes from the server, and must not lead out of the folder.
         training = "".join(c for c in request.training if c.isalnum())[:64]
         return self.state_dir / f"{training}-{ctxt.node_id}.safetensors"
 
@@ -163,9 +187,9 @@ compression_mod = CompressionMod()
 
 
 def _digest(request: Request, likes: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Tensor:
-    """Return the part of a digest that is about the arrays of this round.
+    """Return the part of the server's digest for the arrays that change in this round.
 
-    One for other arrays says that the server holds nothing of these.
+    A digest for other arrays means that the server holds nothing of these.
     """
     digest = request.digest
     if layout_of(likes)[1] != request.layout or len(digest) != 8 * len(likes):
@@ -176,7 +200,7 @@ def _digest(request: Request, likes: Mapping[str, Tensor], changes: Mapping[str,
 
 
 def _take_request(msg: Message) -> Any:
-    """Remove the server's request from a message, and return it, or None if there is none."""
+    """Remove the server's request from a message and return it; None if there is none."""
     if msg.metadata.message_type.split(".")[0] != "train" or not msg.has_content():
         return None
     for key, record in msg.content.config_records.items():

@@ -1,4 +1,4 @@
-"""A picture of what a training in Flower sent."""
+"""A plot of the bytes and the accuracy of a training in Flower."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def plot(
     *,
     accuracy: str = "accuracy",
 ) -> None:
-    """Draw bytes a round, and accuracy against all bytes so far.
+    """Draw the bytes of each round, and the accuracy against all bytes so far.
 
     Parameters
     ----------
     training
-        What `CompressedStrategy.start` returned, or the `log_file` that it wrote.
+        The result of `CompressedStrategy.start`, or the `log_file` that it wrote.
     path
         The picture to write, for example ``flower.png``.
     accuracy
-        The metric to draw. The server's own evaluation is taken where there is one, else that of
-        the clients, else that of their training.
+        The name of the metric to draw. It is taken from the server's own evaluation if it is there,
+        else from that of the clients, else from their training.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def _of_result(result: Result) -> dict[int, dict[str, Any]]:
 
 
 def _of_file(path: Path) -> dict[int, dict[str, Any]]:
-    # A file that several trainings wrote to: the last one.
+    # Several trainings may have written to the file: the last one is drawn.
     lines = [json.loads(line) for line in path.read_text().splitlines() if line]
     return {
         line["training-round"]: line

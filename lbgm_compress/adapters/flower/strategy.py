@@ -1,118 +1,98 @@
-"""The server's end: a strategy around any other."""
+"""The server's end: a strategy around another one."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import secrets
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
 from lbgm_compress._util.units import human_bytes
 from lbgm_compress.adapters.flower.archive import unpack_state, write_state
-from lbgm_compress.adapters.flower.client_states import Held
-from lbgm_compress.adapters.flower.screening import (
-    averages_lists,
-    check_weight,
-    metrics_signature,
-    usual,
-    weight_key_of,
-)
-from lbgm_compress.adapters.flower.update import (
-    ADDED,
-    KEY,
-    NDArray,
-    Part,
-    Reply,
-    Request,
-    compressible,
-    default_parts,
-    excluded,
-    tensor_of,
-)
+from lbgm_compress.adapters.flower.client_states import ClientStates
+from lbgm_compress.adapters.flower.log import RoundLog
+from lbgm_compress.adapters.flower.request import ADDED, KEY, Request, check_expression
+from lbgm_compress.adapters.flower.round import Received, TrainRound
+from lbgm_compress.adapters.flower.screening import Screening
+from lbgm_compress.adapters.flower.statistics import Statistics
+from lbgm_compress.adapters.flower.uplink import Uplink
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressedStrategy"]
 
 FORMAT = 1
 logger = logging.getLogger("flwr")
-Parameters = dict[str, NDArray]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class CompressedStrategy(Strategy):
     """Lets clients send compressed updates to any strategy of Flower's message API.
 
-    Clients need `compression_mod` in their ClientApp; a reply that is not compressed counts as that
-    client's error, and its reason says so. The inner strategy sees what it would have seen without
-    compression: dense replies with one ArrayRecord, in the dtypes that most clients return.
-    Wrappers that look into replies, as `DifferentialPrivacyServerSideFixedClipping` does, belong
-    inside; those whose clients clip, as `DifferentialPrivacyClientSideFixedClipping`, fit on either
+    Clients need `compression_mod` in their ClientApp. A reply that is not compressed is an error of
+    that client, and the error says what to do. The inner strategy gets the replies that it would
+    get without compression: dense, with one ArrayRecord, in the dtypes that most clients return.
+    Wrappers that read replies, such as `DifferentialPrivacyServerSideFixedClipping`, belong inside.
+    Wrappers whose clients clip, such as `DifferentialPrivacyClientSideFixedClipping`, fit on either
     side.
 
-    Of every client the server keeps what the client's next message may look back at, compressed as
-    it came (`lbgm_compress.Receiver`). Whoever is dropped sends one full update the next time.
+    The server holds for every client the state that the client's next message may look back at,
+    compressed as it arrived (`lbgm_compress.Receiver`). A client whose state has been dropped sends
+    one full update the next time.
 
-    Replies are not trusted. Who sent one is taken from Flower's metadata, and must be whom the
-    message was sent to. One that is malformed, that brings inf or nan where the server's own
-    parameter is finite, or whose MetricRecord has other names than those of most others where the
-    inner strategy needs them alike, becomes an error reply, is logged and counted, and changes
-    nothing. So does such a reply to an evaluation.
+    Replies are not trusted. The sender of a reply is taken from Flower's metadata, and must be the
+    client that the message was sent to. A reply is rejected if it is malformed, if it brings inf or
+    nan where the server's own parameter is finite, or if its MetricRecord has other names than
+    those of the majority where the inner strategy needs them alike. A rejected reply becomes an
+    error reply, is logged and counted, and changes no state. Replies to an evaluation are rejected
+    in the same way.
 
-    The aggregated MetricRecord of a round also holds, of the replies that were decoded:
+    The aggregated MetricRecord of a round gets four more entries. Three are about the replies that
+    were decoded:
 
-    - ``uplink-bytes``: what they weigh, without Flower's own envelopes;
-    - ``dense-bytes``: what their elements weigh without compression;
-    - ``recycled-share``: share of the tensors sent as look-back coefficients alone;
+    - ``uplink-bytes``: their size, without Flower's own envelopes;
+    - ``dense-bytes``: the size of their arrays without compression;
+    - ``recycled-share``: the share of tensors that were sent as look-back coefficients alone.
 
-    and ``rejected-replies``, those that became errors here.
+    ``rejected-replies`` is the number of replies that were rejected.
 
     Parameters
     ----------
     strategy
         The strategy that aggregates.
     compressor
-        What clients use; they learn it from the server.
+        The compressor that clients use. They get its expression (its repr) from the server.
     exclude
         Patterns (`fnmatch.fnmatchcase`) for names of arrays to be sent as they are, for example
-        ``("head.*",)``. Arrays that are not float16, float32 or float64 always are.
+        ``("head.*",)``. Arrays that are not float16, float32 or float64 are always sent so.
+    compressors
+        Classes besides those of `lbgm_compress` that the compressor's expression names: compressors
+        of your own, and classes that their constructors take as arguments. Clients need the same
+        classes: ``CompressionMod(compressors=[...])``.
     keep_rounds
-        What is held of a client is dropped when it has not replied for so many rounds; None never
-        does.
+        The number of rounds after which the state of a client that has not replied is dropped.
+        None keeps it for good.
     memory_limit
-        Bytes to hold of all clients together between rounds, at most: the least recently seen are
-        dropped first. None is no limit.
+        The largest number of bytes to hold of all clients together between rounds. The states of
+        the least recently seen clients are dropped first. None is no limit.
     log_file
-        A file to append a line of JSON a round to: bytes, recycled share, replies, what is held,
+        A file to append one line of JSON to for each round: bytes, recycled share, replies, memory,
         and the metrics of training and evaluation. Its folder is made if it does not exist.
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument is not what it should be; or the compressor's average is not a plain one
-        (``SignSGD(vote=True)``), which the inner strategy knows nothing of.
+    TypeError
+        If an argument is not of its type.
+    ValueError
+        If a bound is negative; if the compressor does more to an average than the inner strategy
+        would (``SignSGD(vote=True)``); or if a client could not build the compressor from its
+        expression.
     """
 
     def __init__(
@@ -121,6 +101,7 @@ class CompressedStrategy(Strategy):
         compressor: Compressor,
         *,
         exclude: Sequence[str] = (),
+        compressors: Sequence[type] = (),
         keep_rounds: int | None = 100,
         memory_limit: int | None = None,
         log_file: str | os.PathLike[str] | None = None,
@@ -133,12 +114,12 @@ class CompressedStrategy(Strategy):
             raise TypeError(
                 f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
             )
-        probe = torch.tensor([0.5, -0.25])
-        if not torch.equal(compressor.finish(probe.clone()), probe):
+        if compressor.finishes_average:
             raise ValueError(
                 f"{compressor!r} does more to an average than the inner strategy would: use "
                 "SignSGD(scaled=True) in the place of a majority vote"
             )
+        check_expression(compressor, compressors)
         if isinstance(exclude, str):
             raise TypeError(f"exclude is a list of patterns, such as ({exclude!r},), not a str")
         for pattern in exclude:
@@ -152,103 +133,86 @@ class CompressedStrategy(Strategy):
         self.strategy = strategy
         self.compressor = compressor
         self.exclude = tuple(exclude)
-        self.log_file = None if log_file is None else Path(log_file)
-        if self.log_file is not None:
-            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.compressors = tuple(compressors)
         self.training = secrets.token_hex(16)
-        self.totals = Tally()
-        self._held = Held(compressor, keep_rounds, memory_limit)
-        self._round = _Round()
-        # What the replies of earlier rounds looked like: where as many differ as do not, that
-        # decides.
-        self._usual: dict[str, Hashable] = {}
-        self._usual_dtypes: tuple[str, ...] | None = None
-        self._line: dict[str, Any] | None = None
-        self._line_waits = False
+        self.totals = Statistics()
+        self._states = ClientStates(compressor, keep_rounds, memory_limit)
+        self._uplink = Uplink(self._states)
+        self._screening = Screening()
+        self._round = TrainRound(self.exclude)
+        self._log = RoundLog(log_file)
+        self.log_file = self._log.path
 
-    # --- what Flower calls -----------------------------------------------------------------------
+    # --- calls of Flower --------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the inner strategy configure the round, and tell each client what to do."""
-        self._flush_line()
+        """Let the inner strategy configure the round, and add a request to each message."""
+        self._log.write_line()
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._round = _Round()
+        self._round = TrainRound(self.exclude)
         for message in messages:
-            records = message.content.array_records
-            if len(records) != 1:
-                raise ValueError(
-                    "CompressedStrategy needs one ArrayRecord in a train message, and the inner "
-                    f"strategy sends {len(records)}"
-                )
-            [(key, record)] = records.items()
-            # What cannot be sent is told now, and not by every client.
-            self._round.sent(record, self.exclude)
-            node = message.metadata.dst_node_id
-            self._round.asked.setdefault(node, []).append(_Asked(message, key, record))
-            message.content = self._with_request(message.content, node)
+            self._round.add(message)
+            message.content = self._with_request(message.content, message.metadata.dst_node_id)
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the replies, and let the inner strategy aggregate them."""
-        replies = list(replies)
-        self._held.rounds += 1
-        tally = Tally(replies=len(replies))
-        asked = [self._asked_for(reply) for reply in replies]
-        wrong = self._screen("train", replies)
-        received, dtypes = self._unpacked(replies, asked, wrong)
-        dense: list[Message] = []
-        for i, (reply, ask) in enumerate(zip(replies, asked, strict=True)):
-            if not reply.has_error() and i not in wrong:
-                assert ask is not None
-                try:
-                    self._decode(ask, reply, received[i], dtypes, tally)
-                except PayloadError as error:
-                    wrong[i] = str(error)
-            tally.failed += reply.has_error()
-            dense.append(_rejection(ask, reply, wrong[i]) if i in wrong else reply)
-        self._held.end_round()
-        tally.rejected = len(wrong)
-        self.totals.add(tally)
-        logger.info("compression: %s; held of %d clients: %s", tally, *self._held_now())
+        self._states.rounds += 1
+        received = [self._round.receive(reply) for reply in replies]
+        self._screening.check_metrics(received, self.strategy, "train")
+        statistics = self._uplink.decode(self._round, received)
+        dense = [_verdict(reply) for reply in received]
+        self._states.end_round()
+        self.totals.add(statistics)
+        logger.info("compression: %s; held of %d clients: %s", statistics, *self._held_now())
         arrays, metrics = self.strategy.aggregate_train(server_round, dense)
-        if replies:
+        if received:
             metrics = MetricRecord() if metrics is None else metrics
-            for name, value in tally.metrics().items():
+            for name, value in statistics.metrics().items():
                 metrics[name] = value
-        self._start_line(server_round, tally, metrics)
-        self._round = _Round()
+        self._log.open_line(
+            {
+                "training": self.training,
+                "round": server_round,
+                "training-round": self._states.rounds,
+                "replies": statistics.replies,
+                "failed-replies": statistics.failed,
+                **statistics.metrics(),
+                "held-clients": len(self._states),
+                "held-bytes": self._states.nbytes(),
+            },
+            metrics,
+        )
+        self._round = TrainRound(self.exclude)
         return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Do what the inner strategy does."""
+        """Return the inner strategy's messages."""
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Let the inner strategy aggregate the replies that fit together."""
-        replies = list(replies)
-        for i, reason in self._screen("evaluate", replies).items():
-            replies[i] = _rejection(None, replies[i], reason)
-        metrics = self.strategy.aggregate_evaluate(server_round, replies)
-        if self._line is not None:
-            self._line["evaluate"] = _plain(metrics)
-            if not self._line_waits:
-                self._flush_line()
+        """Let the inner strategy aggregate the replies that are not rejected."""
+        received = [Received(reply) for reply in replies]
+        self._screening.check_metrics(received, self.strategy, "evaluate")
+        accepted = [_verdict(reply) for reply in received]
+        metrics = self.strategy.aggregate_evaluate(server_round, accepted)
+        self._log.add_evaluation(metrics)
         return metrics
 
     def summary(self) -> None:
-        """Log the settings, what has been sent so far, and the inner strategy's summary."""
+        """Log the settings, the statistics so far, and the inner strategy's summary."""
         logger.info("\t├──> Compression:")
         logger.info("\t│\t├── Compressor: %r", self.compressor)
         logger.info("\t│\t├── Sent as they are: %s", ", ".join(self.exclude) or "integers alone")
-        rounds, most = self._held.keep_rounds, self._held.memory_limit
+        rounds, most = self._states.keep_rounds, self._states.memory_limit
         keep = "for good" if rounds is None else f"for {rounds} rounds"
         limit = "no limit" if most is None else f"at most {human_bytes(most)}"
         last = "├" if self.totals.replies else "└"
@@ -273,12 +237,10 @@ class CompressedStrategy(Strategy):
 
             def observed(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
                 metrics = evaluate_fn(server_round, arrays)
-                if self._line is not None:
-                    self._line["evaluate-server"] = _plain(metrics)
-                    self._flush_line()
+                self._log.add_server_evaluation(metrics)
                 return metrics
 
-        self._line_waits = evaluate_fn is not None
+        self._log.server_evaluates = evaluate_fn is not None
         try:
             result = super().start(
                 grid,
@@ -290,37 +252,37 @@ class CompressedStrategy(Strategy):
                 observed,
             )
         finally:
-            self._flush_line()
+            self._log.write_line()
         logger.info("Compression:")
         self._log_totals("\t")
         return result
 
-    # --- what is held ----------------------------------------------------------------------------
+    # --- states of the clients --------------------------------------------------------------------
 
     def held_bytes(self) -> int:
-        """Return how many bytes are held of all clients together."""
-        return self._held.nbytes()
+        """Return the number of bytes held of all clients together."""
+        return self._states.nbytes()
 
     def held_clients(self) -> list[int]:
-        """Return the ids of the clients of which something is held, least recently seen first."""
-        return self._held.clients()
+        """Return the ids of the clients whose states are held, the least recently seen first."""
+        return self._states.clients()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is held as a nested dict of tensors, numbers and strings.
+        """Return the clients' states as a nested dict of tensors, numbers and strings.
 
-        It survives `torch.save` and ``torch.load(weights_only=True)``; `save` and `load` write and
-        read it without pickle. The parameters, and what the inner strategy remembers, such as a
-        momentum, are not in it.
+        The dict survives `torch.save` and ``torch.load(weights_only=True)``; `save` and `load`
+        write and read it without pickle. It does not contain the parameters, nor the state of the
+        inner strategy, such as a momentum.
         """
-        return {"format": FORMAT, "training": self.training, **self._held.state_dict()}
+        return {"format": FORMAT, "training": self.training, **self._states.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned: clients are recognised, and recycle on.
+        """Continue from a dict that `state_dict` returned, so that clients may go on to recycle.
 
         Raises
         ------
         ValueError
-            If it is the state of another compressor or release, or none. Nothing is changed.
+            If it is not such a dict, or that of another compressor or release. Nothing is changed.
         """
         try:
             if state["format"] != FORMAT:
@@ -328,7 +290,7 @@ class CompressedStrategy(Strategy):
                     f"the state has format {state['format']}, this release reads {FORMAT}"
                 )
             training = str(state["training"])
-            self._held.load_state_dict(state)
+            self._states.load_state_dict(state)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"this is not a state that CompressedStrategy.state_dict returned: {error!r}"
@@ -336,28 +298,30 @@ class CompressedStrategy(Strategy):
         self.training = training
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `state_dict` to a file of safetensors; an older file is replaced as a whole."""
+        """Write `state_dict` to a file of safetensors, in one step if the file exists already."""
         write_state(Path(path), self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Do `load_state_dict` with a file that `save` wrote.
+        """Load the state from a file that `save` wrote.
 
         Raises
         ------
-        OSError, ValueError
-            If there is no such file, or it is no such state. Nothing is changed.
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it does not hold such a state. Nothing is changed.
         """
         self.load_state_dict(unpack_state(Path(path).read_bytes()))
 
-    # --- inside ----------------------------------------------------------------------------------
+    # --- internal ---------------------------------------------------------------------------------
 
     def _with_request(self, content: RecordDict, node: int) -> RecordDict:
-        """Return a client's own copy of a message's content, with the request in it."""
-        held = self._held.digest(node)
-        request = Request(self.compressor, self.exclude, self.training, *held).pack()
+        """Return a copy of a message's content for one client, with the request in it."""
+        layout, digest = self._states.digest(node)
+        request = Request(self.compressor, self.exclude, self.training, layout, digest).pack()
         configs = content.config_records
         if configs:
-            # Mods of differential privacy want one ConfigRecord, no more.
+            # Mods of differential privacy need exactly one ConfigRecord.
             key, config = next(iter(configs.items()))
             return RecordDict({**content, key: ConfigRecord({**config, KEY: request})})
         key = ADDED
@@ -365,144 +329,8 @@ class CompressedStrategy(Strategy):
             key += "."
         return RecordDict({**content, key: ConfigRecord({ADDED: request})})
 
-    def _screen(self, stage: str, replies: list[Message]) -> dict[int, str]:
-        """Say what is wrong with the metrics of replies, by position."""
-        weight_key = weight_key_of(self.strategy)
-        if weight_key is None:
-            # Not one of Flower's own, which all weigh replies: it may do with them what it wants.
-            return {}
-        lengths = averages_lists(self.strategy, stage)
-        wrong: dict[int, str] = {}
-        signatures: dict[int, Hashable] = {}
-        for i, reply in enumerate(replies):
-            if reply.has_error():
-                continue
-            reason = check_weight(reply, weight_key)
-            if reason is None:
-                signatures[i] = metrics_signature(reply, lengths)
-            else:
-                wrong[i] = reason
-        chosen = usual(signatures.values(), [self._usual.get(stage)])
-        for i, signature in signatures.items():
-            if signature != chosen:
-                wrong[i] = "its MetricRecord has other names or sizes than those of most clients"
-        if chosen is not None:
-            self._usual[stage] = chosen
-        return wrong
-
-    def _unpacked(
-        self, replies: list[Message], asked: list[_Asked | None], wrong: dict[int, str]
-    ) -> tuple[dict[int, Reply], dict[str, str]]:
-        """Take replies apart, and return them and the dtypes that most have, by name.
-
-        Those that cannot be taken apart are added to `wrong`.
-        """
-        answers = Counter(
-            id(ask) for reply, ask in zip(replies, asked, strict=True) if not reply.has_error()
-        )
-        received: dict[int, Reply] = {}
-        found: list[tuple[str, ...]] = []
-        names: list[str] = []
-        sent_dtypes: tuple[str, ...] | None = None
-        for i, (reply, ask) in enumerate(zip(replies, asked, strict=True)):
-            if reply.has_error() or i in wrong:
-                continue
-            try:
-                if ask is None or answers[id(ask)] > 1:
-                    raise PayloadError("it is not the one answer to a message of this round")
-                _, defaults, outside = self._round.sent(ask.record, self.exclude)
-                received[i] = Reply.unpack(_array_of(reply, ask), defaults, outside)
-            except PayloadError as error:
-                wrong[i] = str(error)
-                continue
-            names = list(defaults)
-            sent_dtypes = tuple(part.dtype for part in defaults.values())
-            found.append(tuple(part.dtype for part in received[i].parts.values()))
-        chosen = usual(found, [self._usual_dtypes, sent_dtypes])
-        if chosen is None:
-            return received, {}
-        self._usual_dtypes = chosen
-        return received, dict(zip(names, chosen, strict=True))
-
-    def _asked_for(self, reply: Message) -> _Asked | None:
-        """Return what a reply answers, or None if its sender was not asked for it."""
-        for asked in self._round.asked.get(reply.metadata.src_node_id, ()):
-            if asked.message.metadata.message_id == reply.metadata.reply_to_message_id:
-                return asked
-        return None
-
-    def _decode(
-        self,
-        asked: _Asked,
-        reply: Message,
-        received: Reply,
-        dtypes: Mapping[str, str],
-        tally: Tally,
-    ) -> None:
-        """Make a reply what the inner strategy expects, and hold what it brings."""
-        sent, _, outside = self._round.sent(asked.record, self.exclude)
-        parts = received.parts
-        new: dict[str, NDArray] = {}
-        recycled = 0
-
-        def add(name: str, array: NDArray) -> None:
-            _check_finite(name, array, sent[name])
-            with np.errstate(over="ignore", invalid="ignore"):
-                new[name] = array.astype(dtypes.get(name, array.dtype), copy=False)
-            _check_finite(name, new[name], sent[name])
-
-        for name, array in received.exact.items():
-            add(name, array)
-        if received.message is not None:
-
-            def check(changes: Mapping[str, Tensor]) -> None:
-                for name, change in changes.items():
-                    add(name, (tensor_of(sent[name], parts[name].dtype) + change).numpy())
-
-            report = self._held.decode(
-                asked.message.metadata.dst_node_id,
-                compressible(parts, outside),
-                received.message,
-                [name for name, part in parts.items() if not part.exact],
-                check,
-            )
-            recycled = sum(tensor.recycled for tensor in report.values())
-        tally.uplink += len(_array_of(reply, asked).data)
-        tally.dense += sum(part.nbytes for part in parts.values())
-        tally.recycled += recycled
-        tally.tensors += len(parts) - len(received.exact)
-        arrays = ArrayRecord({name: Array(np.asarray(new[name])) for name in sent})
-        others = {
-            name: other
-            for name, other in reply.content.items()
-            if name not in reply.content.array_records
-        }
-        reply.content = RecordDict({asked.key: arrays, **others})
-
     def _held_now(self) -> tuple[int, str]:
-        return len(self._held), human_bytes(self._held.nbytes())
-
-    def _start_line(self, server_round: int, tally: Tally, metrics: MetricRecord | None) -> None:
-        if self.log_file is None:
-            return
-        self._line = {
-            "training": self.training,
-            "round": server_round,
-            "training-round": self._held.rounds,
-            "replies": tally.replies,
-            "failed-replies": tally.failed,
-            **tally.metrics(),
-            "held-clients": len(self._held),
-            "held-bytes": self._held.nbytes(),
-            "train": _plain(metrics),
-        }
-
-    def _flush_line(self) -> None:
-        """Write a round's line, if there is one that has not been written."""
-        line, self._line = self._line, None
-        if line is not None and self.log_file is not None:
-            with self.log_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        return len(self._states), human_bytes(self._states.nbytes())
 
     def _log_totals(self, indent: str) -> None:
         totals = self.totals
@@ -515,128 +343,12 @@ class CompressedStrategy(Strategy):
         logger.info("%s└── Held now of %d clients: %s", indent, *self._held_now())
 
 
-@dataclass
-class Tally:
-    """What replies weighed, and what became of them."""
-
-    replies: int = 0
-    failed: int = 0
-    """Replies that came as errors."""
-    rejected: int = 0
-    """Replies that became errors here."""
-    uplink: int = 0
-    """Bytes of the payloads of all others."""
-    dense: int = 0
-    """Bytes of the elements that they stand for."""
-    recycled: int = 0
-    """Tensors sent as look-back coefficients alone."""
-    tensors: int = 0
-    """Tensors sent in compressed form."""
-
-    @property
-    def recycled_share(self) -> float:
-        """Share of the tensors, 0 if there were none."""
-        return self.recycled / self.tensors if self.tensors else 0.0
-
-    def add(self, other: Tally) -> None:
-        """Add up, in place."""
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
-
-    def metrics(self) -> dict[str, int | float]:
-        """Return what goes into a MetricRecord."""
-        return {
-            "uplink-bytes": self.uplink,
-            "dense-bytes": self.dense,
-            "recycled-share": self.recycled_share,
-            "rejected-replies": self.rejected,
-        }
-
-    def __str__(self) -> str:
-        share = f", {self.uplink / self.dense:.2%} of dense" if self.dense else ""
-        return f"{human_bytes(self.uplink)}{share}"
-
-
-class _Asked(NamedTuple):
-    """A message that a client was sent."""
-
-    message: Message
-    key: str
-    record: ArrayRecord
-
-
-@dataclass
-class _Round:
-    """What clients were sent in this round."""
-
-    asked: dict[int, list[_Asked]] = field(default_factory=dict)
-    _sent: dict[int, tuple[Parameters, dict[str, Part], frozenset[str]]] = field(
-        default_factory=dict
-    )
-
-    def sent(
-        self, record: ArrayRecord, exclude: Sequence[str]
-    ) -> tuple[Parameters, dict[str, Part], frozenset[str]]:
-        """Return arrays that were sent, how they travel back, and the names of those excluded.
-
-        Most clients are sent the same record, which is read once.
-        """
-        if id(record) not in self._sent:
-            try:
-                arrays = {name: np.asarray(array.numpy()) for name, array in record.items()}
-            except TypeError as error:
-                raise ValueError(f"CompressedStrategy needs numpy arrays: {error}") from None
-            outside = excluded(arrays, exclude)
-            self._sent[id(record)] = arrays, default_parts(arrays, outside), outside
-        return self._sent[id(record)]
-
-
-def _array_of(reply: Message, asked: _Asked) -> Array:
-    """Return the array that a compressed reply consists of."""
-    records = reply.content.array_records
-    if len(records) != 1:
-        raise PayloadError(f"it has {len(records)} ArrayRecords, expected one")
-    [(key, record)] = records.items()
-    if list(record) != [KEY]:
-        raise PayloadError(
-            "it is not compressed: put compression_mod first into ClientApp(mods=[...])"
-        )
-    if key != asked.key and asked.key in reply.content:
-        raise PayloadError(f"another record has the name of its arrays, {asked.key!r}")
-    return record[KEY]
-
-
-def _check_finite(name: str, array: NDArray, sent: NDArray) -> None:
-    """Refuse inf and nan where the server's own parameter is finite.
-
-    That goes for what becomes of the elements in the server's dtype, too.
-    """
-    if array.dtype.kind not in "fc":
-        return
-    finite = np.isfinite(array)
-    if sent.dtype.kind in "fc" and sent.dtype.itemsize < array.dtype.itemsize:
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite &= np.isfinite(array.astype(sent.dtype))
-    if not finite.all() and (~finite & np.isfinite(sent)).any():
-        raise PayloadError(f"it makes elements of {name!r} inf or nan")
-
-
-def _rejection(asked: _Asked | None, reply: Message, reason: str) -> Message:
-    """Return an error in the place of a reply, and log it."""
-    node = reply.metadata.src_node_id
-    logger.warning("compression: the reply of client %s is rejected: %s", node, reason)
-    error = Error(ErrorCode.UNKNOWN, f"lbgm_compress: the reply of {node} is rejected: {reason}")
-    return Message(error, reply_to=reply if asked is None else asked.message)
-
-
-def _plain(metrics: MetricRecord | None) -> dict[str, Any] | None:
-    """Return metrics as JSON has them, which knows neither inf nor nan."""
-    if metrics is None:
-        return None
-    return {name: _number(value) for name, value in metrics.items()}
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_number(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _verdict(received: Received) -> Message:
+    """Return a reply, or an error in its place if it is rejected; a rejection is logged."""
+    if received.rejection is None:
+        return received.message
+    reply, node = received.message, received.message.metadata.src_node_id
+    logger.warning("compression: the reply of client %s is rejected: %s", node, received.rejection)
+    reason = f"lbgm_compress: the reply of {node} is rejected: {received.rejection}"
+    asked = reply if received.asked is None else received.asked.message
+    return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=asked)

@@ -1,34 +1,26 @@
-"""What travels between `CompressedStrategy` and `compression_mod`, byte by byte.
+"""The reply: the array of bytes that `compression_mod` sends in the place of a client's arrays.
 
-A *request* is one value, bytes, in the ConfigRecord of a train message: a JSON object, a zero byte
-and the digest of what the server holds of the client (`lbgm_compress.Receiver.digest`; empty if it
-holds nothing). The object has the keys ``version`` (1), ``compressor`` (its repr), ``exclude`` (a
-list of patterns), ``training`` (an identifier of the training, which a restored server keeps) and
-``layout`` (a hash, in hexadecimal digits, of the names, shapes and dtypes that the digest is for).
-
-A *reply* is one array of bytes in the place of the client's ArrayRecord (stype `STYPE`, so that
-nobody takes it for parameters). T arrays, in the order of their sorted names::
+A reply is one array of bytes in an ArrayRecord of its own, with the stype `STYPE`, which marks it
+as something else than parameters. For T arrays, in the order of their sorted names::
 
     size   meaning
     1      version: 1
     1      1 if a table follows, else 0
     T      the table, if there is one: for each array its dtype, an index into `DTYPES`, plus 128
-           if it is sent exactly
-    ...    the arrays that are sent exactly: elements as they are in memory, row by row
-    ...    the rest, empty if nothing is left: a `lbgm_compress` message with the updates of all
-           other arrays
+           if the array is sent exactly
+    ...    the arrays that are sent exactly: their elements as they are in memory, row by row
+    ...    a `lbgm_compress` message with the updates of all other arrays; empty if there are none
 
-Without a table, dtypes are those of the arrays that the client received, and exactly those arrays
-are sent exactly that are not float16, float32 or float64, or whose name matches `exclude`.
+Without a table, every dtype is that of the received array, and an array is sent exactly if it is
+not float16, float32 or float64, or if its name matches `exclude`.
 
-An update is an array's new value minus the received one, after casting the latter to the dtype of
-the former. An array whose update is not finite, as that of a mask of -inf, is sent exactly.
+An update is the new value of an array minus the received one, which is cast to the new dtype first.
+An array whose update has inf or nan, such as a mask of -inf, is sent exactly.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,28 +31,21 @@ import torch
 from flwr.app import Array
 from torch import Tensor
 
-from lbgm_compress.compressor import Compressor
-from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.wire.errors import PayloadError
 
 __all__ = [
-    "ADDED",
     "DTYPES",
-    "KEY",
     "STYPE",
+    "NDArray",
     "Part",
     "Reply",
-    "Request",
     "compressible",
     "default_parts",
-    "excluded",
+    "matching",
     "tensor_of",
     "updates",
 ]
 
-KEY = "lbgm_compress"
-# The key of a request in a ConfigRecord that was added for it alone.
-ADDED = "lbgm_compress.added"
 STYPE = "lbgm_compress"
 VERSION = 1
 EXACT = 128
@@ -75,102 +60,55 @@ NDArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the server tells a client."""
-
-    compressor: Compressor
-    exclude: tuple[str, ...]
-    training: str
-    layout: bytes
-    digest: bytes
-
-    def pack(self) -> bytes:
-        """Return the bytes that travel."""
-        head = {
-            "version": VERSION,
-            "compressor": repr(self.compressor),
-            "exclude": self.exclude,
-            "training": self.training,
-            "layout": self.layout.hex(),
-        }
-        return json.dumps(head).encode() + b"\0" + self.digest
-
-    @staticmethod
-    def unpack(data: Any) -> Request:
-        """Read what `pack` returned.
-
-        Raises
-        ------
-        ValueError
-            If it is no request, or one of another version; the message says which.
-        """
-        if not isinstance(data, bytes):
-            raise ValueError(f"a request is bytes, not {type(data).__name__}")
-        text, _, digest = data.partition(b"\0")
-        try:
-            head = json.loads(text)
-            version, training = head["version"], str(head["training"])
-            layout = bytes.fromhex(head["layout"])
-            expression, exclude = str(head["compressor"]), tuple(map(str, head["exclude"]))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"the request cannot be read: {error!r}") from None
-        if version != VERSION:
-            raise ValueError(
-                f"the server's request has version {version}, this client reads version {VERSION}: "
-                "use the same release of lbgm_compress at both ends"
-            )
-        return Request(parse_compressor(expression), exclude, training, layout, digest)
-
-
-@dataclass(frozen=True)
 class Part:
-    """How one array travels."""
+    """The form in which one array travels."""
 
     shape: tuple[int, ...]
     dtype: str
     exact: bool
+    """Whether the elements are sent as they are, and not as a compressed update."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Size of the elements in bytes."""
         return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize
 
 
-def excluded(names: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
+def matching(names: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
     """Return the names that match a pattern, as `fnmatch.fnmatchcase` does."""
     return frozenset(
         name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     )
 
 
-def compressible(parts: Mapping[str, Part], outside: frozenset[str]) -> dict[str, Tensor]:
-    """Return stand-ins, which take no memory, for the arrays that updates may be sent of.
+def compressible(parts: Mapping[str, Part], excluded: frozenset[str]) -> dict[str, Tensor]:
+    """Return placeholders, which take no memory, for the arrays that may be sent as updates.
 
-    They are what a digest and a `lbgm_compress.Receiver` are for, whether or not some are sent
-    exactly in this round.
+    They are the tensors of the client's `lbgm_compress.Receiver` and of its digest. An array that
+    is sent exactly in this round alone is among them.
     """
     return {
         name: torch.empty((), dtype=COMPRESSED[part.dtype]).expand(part.shape)
         for name, part in parts.items()
-        if part.dtype in COMPRESSED and name not in outside
+        if part.dtype in COMPRESSED and name not in excluded
     }
 
 
-def default_parts(sent: Mapping[str, NDArray], outside: frozenset[str]) -> dict[str, Part]:
-    """Return how arrays travel whose dtype stays, by sorted name.
+def default_parts(sent: Mapping[str, NDArray], excluded: frozenset[str]) -> dict[str, Part]:
+    """Return the form of each array, by sorted name, for arrays that keep their dtype.
 
     Raises
     ------
     ValueError
         If a dtype is not one of `DTYPES`.
     """
-    return {name: _part(name, sent[name], outside) for name in sorted(sent)}
+    return {name: _part(name, sent[name], excluded) for name in sorted(sent)}
 
 
 def updates(
-    sent: Mapping[str, NDArray], new: Mapping[str, NDArray], outside: frozenset[str]
+    sent: Mapping[str, NDArray], new: Mapping[str, NDArray], excluded: frozenset[str]
 ) -> tuple[dict[str, Part], dict[str, Tensor]]:
-    """Return how arrays travel, and the updates of those that are compressed, by sorted name.
+    """Return the form of each array, and the updates of those to be compressed, by sorted name.
 
     Raises
     ------
@@ -189,7 +127,7 @@ def updates(
                 f"the app returned the array {name!r} with shape {new[name].shape}, it received "
                 f"{sent[name].shape}"
             )
-        part = _part(name, new[name], outside)
+        part = _part(name, new[name], excluded)
         if not part.exact:
             change = tensor_of(new[name], part.dtype) - tensor_of(sent[name], part.dtype)
             if change.isfinite().all():
@@ -202,15 +140,18 @@ def updates(
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client tells the server."""
+    """The new arrays of a client, as they travel."""
 
     parts: Mapping[str, Part]
     exact: Mapping[str, NDArray]
     message: Tensor | None
-    """Flat uint8, None if every array is sent exactly."""
+    """The updates of all other arrays: flat uint8, None if every array is sent exactly."""
 
     def pack(self, defaults: Mapping[str, Part]) -> Array:
-        """Return the array that travels; `defaults` are the parts that need no table."""
+        """Return the array that travels.
+
+        The table is left out if the parts equal `defaults`, which the server knows.
+        """
         table = b""
         if self.parts != defaults:
             table = bytes(
@@ -223,13 +164,22 @@ class Reply:
         return Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
 
     @staticmethod
-    def unpack(array: Array, defaults: Mapping[str, Part], outside: frozenset[str]) -> Reply:
-        """Take the bytes apart, of which none is believed.
+    def unpack(array: Array, defaults: Mapping[str, Part], excluded: frozenset[str]) -> Reply:
+        """Return the reply that `pack` made an array of; the array may hold anything.
+
+        Parameters
+        ----------
+        array
+            The array that a client sent.
+        defaults
+            The form of each array that the client received.
+        excluded
+            Names of the arrays that must be sent exactly.
 
         Raises
         ------
         PayloadError
-            If they are no reply for the arrays that were sent.
+            If it is not a reply for these arrays.
         """
         if array.stype != STYPE:
             raise PayloadError(
@@ -246,7 +196,7 @@ class Reply:
         if data[1]:
             table = bytes(data[position : position + len(defaults)])
             position += len(defaults)
-            parts = _read_table(table, defaults, outside)
+            parts = _read_table(table, defaults, excluded)
         exact: dict[str, NDArray] = {}
         for name, part in parts.items():
             if not part.exact:
@@ -269,16 +219,16 @@ class Reply:
 
 
 def tensor_of(array: NDArray, dtype: str) -> Tensor:
-    """Return an array as a tensor of a floating-point dtype: the same bits at both ends."""
+    """Return an array as a tensor of a floating-point dtype, with the same bits at both ends."""
     with np.errstate(over="ignore", invalid="ignore"):
         return torch.from_numpy(np.array(array, dtype=dtype))
 
 
-def _part(name: str, array: NDArray, outside: frozenset[str]) -> Part:
+def _part(name: str, array: NDArray, excluded: frozenset[str]) -> Part:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         raise ValueError(f"the array {name!r} is {dtype}, and only {', '.join(DTYPES)} can be sent")
-    return Part(tuple(array.shape), dtype, dtype not in COMPRESSED or name in outside)
+    return Part(tuple(array.shape), dtype, dtype not in COMPRESSED or name in excluded)
 
 
 def _native(array: NDArray) -> NDArray:
@@ -286,7 +236,7 @@ def _native(array: NDArray) -> NDArray:
 
 
 def _read_table(
-    table: bytes, defaults: Mapping[str, Part], outside: frozenset[str]
+    table: bytes, defaults: Mapping[str, Part], excluded: frozenset[str]
 ) -> dict[str, Part]:
     if len(table) < len(defaults):
         raise PayloadError("the reply ends within its table")
@@ -298,7 +248,7 @@ def _read_table(
         dtype = DTYPES[index]
         if dtype.startswith("complex") and not default.dtype.startswith("complex"):
             raise PayloadError(f"the array {name!r} is {dtype}, and {default.dtype} was sent")
-        if not exact and (dtype not in COMPRESSED or name in outside):
+        if not exact and (dtype not in COMPRESSED or name in excluded):
             raise PayloadError(f"the array {name!r} must be sent exactly")
         parts[name] = Part(default.shape, dtype, exact)
     return parts

@@ -1,0 +1,149 @@
+"""The request: the value that `CompressedStrategy` adds to the train message of a client.
+
+A request is one value of type bytes in a ConfigRecord of the message: a JSON object, a zero byte,
+and the digest of the state that the server holds of the client (`lbgm_compress.Receiver.digest`;
+empty if it holds none). The object has these keys:
+
+- ``version``: 1
+- ``compressor``: the expression that builds the compressor (its repr)
+- ``exclude``: a list of patterns for names of arrays
+- ``training``: an identifier of the training, which a restored server keeps
+- ``layout``: a hash, in hexadecimal digits, of the names, shapes and dtypes that the digest is for
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressors.parse import BUILT_IN, LONGEST, parse_compressor
+
+__all__ = ["ADDED", "KEY", "Request", "check_expression"]
+
+KEY = "lbgm_compress"
+# The key of a request in a ConfigRecord that was added for the request alone.
+ADDED = "lbgm_compress.added"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """The settings of the server for one client and round."""
+
+    compressor: Compressor
+    exclude: tuple[str, ...]
+    training: str
+    layout: bytes
+    digest: bytes
+
+    def pack(self) -> bytes:
+        """Return the bytes that travel."""
+        head = {
+            "version": VERSION,
+            "compressor": repr(self.compressor),
+            "exclude": self.exclude,
+            "training": self.training,
+            "layout": self.layout.hex(),
+        }
+        return json.dumps(head).encode() + b"\0" + self.digest
+
+    @staticmethod
+    def unpack(data: Any, compressors: Sequence[type] = ()) -> Request:
+        """Return the request that `pack` made bytes of.
+
+        Parameters
+        ----------
+        data
+            The bytes.
+        compressors
+            Further classes that the compressor's expression may name.
+
+        Raises
+        ------
+        ValueError
+            If `data` is not a request, is one of another version, or names a class that is not
+            known.
+        """
+        if not isinstance(data, bytes):
+            raise ValueError(f"a request is bytes, not {type(data).__name__}")
+        text, _, digest = data.partition(b"\0")
+        try:
+            head = json.loads(text)
+            version, training = head["version"], str(head["training"])
+            layout = bytes.fromhex(head["layout"])
+            expression, exclude = str(head["compressor"]), tuple(map(str, head["exclude"]))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the request cannot be read: {error!r}") from None
+        if version != VERSION:
+            raise ValueError(
+                f"the server's request has version {version}, this client reads version {VERSION}: "
+                "use the same release of lbgm_compress at both ends"
+            )
+        try:
+            compressor = parse_compressor(expression, compressors)
+        except ValueError as error:
+            if names := _unknown_classes(expression, compressors):
+                raise ValueError(
+                    f"the server's compressor is {expression}, and this client does not know "
+                    f"{names}: use CompressionMod(compressors=[{names}])"
+                ) from None
+            raise ValueError(f"the server's compressor cannot be built: {error}") from None
+        return Request(compressor, exclude, training, layout, digest)
+
+
+def check_expression(compressor: Compressor, compressors: Sequence[type]) -> None:
+    """Check that a client can build a compressor from its expression.
+
+    Parameters
+    ----------
+    compressor
+        The compressor that the server asks for.
+    compressors
+        Further classes that server and client know.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `compressors` holds something that is not a class, or the expression does not give an
+        equal compressor.
+    """
+    expression = repr(compressor)
+    try:
+        read = parse_compressor(expression, compressors)
+    except ValueError as error:
+        if names := _unknown_classes(expression, compressors):
+            raise ValueError(
+                f"clients do not know {names} of {expression}: pass compressors=[{names}] to "
+                f"CompressedStrategy, and use CompressionMod(compressors=[{names}]) at the clients"
+            ) from None
+        raise ValueError(
+            f"clients cannot build {expression}, since the repr of a compressor must be the "
+            f"expression that builds it: {error}"
+        ) from None
+    if read != compressor:
+        raise ValueError(
+            f"clients would build another compressor: {expression}, the repr of the given one, "
+            f"builds {read!r}, which is not equal to it; pass the compressor's own classes as "
+            "compressors=[...] to CompressedStrategy and to the clients' CompressionMod"
+        )
+
+
+def _unknown_classes(expression: str, compressors: Sequence[type]) -> str:
+    """Return the names, comma-separated, that an expression calls and no client knows."""
+    if len(expression) > LONGEST:
+        return ""
+    try:
+        nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    called = [
+        node.func.id
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    known = {one.__name__ for one in (*BUILT_IN, *compressors)}
+    return ", ".join(dict.fromkeys(name for name in called if name not in known))

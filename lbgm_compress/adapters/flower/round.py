@@ -1,0 +1,106 @@
+"""One round as the server keeps it: the train messages, and the replies to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+
+from lbgm_compress.adapters.flower.reply import NDArray, Part, default_parts, matching
+
+__all__ = ["Asked", "Received", "Sent", "TrainRound"]
+
+
+class Asked(NamedTuple):
+    """A train message to a client, and its only ArrayRecord."""
+
+    message: Message
+    key: str
+    record: ArrayRecord
+
+
+class Sent(NamedTuple):
+    """The arrays of a train message."""
+
+    arrays: dict[str, NDArray]
+    parts: dict[str, Part]
+    """The form in which each travels back if its dtype stays."""
+    excluded: frozenset[str]
+    """Names of the arrays that are to be sent exactly."""
+
+
+@dataclass
+class Received:
+    """A reply, and the verdict on it."""
+
+    message: Message
+    asked: Asked | None = None
+    """The train message that it answers; None if there is none."""
+    rejection: str | None = None
+    """The reason to treat the reply as an error; None as long as there is none."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the reply is neither an error nor rejected."""
+        return self.rejection is None and not self.message.has_error()
+
+
+class TrainRound:
+    """The train messages of one round.
+
+    Parameters
+    ----------
+    exclude
+        Patterns for names of arrays to be sent as they are.
+    """
+
+    def __init__(self, exclude: Sequence[str]) -> None:
+        self.exclude = exclude
+        self._asked: dict[int, list[Asked]] = {}
+        self._sent: dict[int, Sent] = {}
+
+    def add(self, message: Message) -> None:
+        """Add a train message before it is sent.
+
+        Raises
+        ------
+        ValueError
+            If it does not have exactly one ArrayRecord, or an array that cannot travel.
+        """
+        records = message.content.array_records
+        if len(records) != 1:
+            raise ValueError(
+                "CompressedStrategy needs one ArrayRecord in a train message, and the inner "
+                f"strategy sends {len(records)}"
+            )
+        [(key, record)] = records.items()
+        # An array that cannot travel is an error here, before every client finds it.
+        self.sent(record)
+        self._asked.setdefault(message.metadata.dst_node_id, []).append(Asked(message, key, record))
+
+    def receive(self, reply: Message) -> Received:
+        """Return a reply together with the message of this round that it answers, if there is one.
+
+        Its sender is taken from Flower's metadata.
+        """
+        for asked in self._asked.get(reply.metadata.src_node_id, ()):
+            if asked.message.metadata.message_id == reply.metadata.reply_to_message_id:
+                return Received(reply, asked)
+        return Received(reply)
+
+    def sent(self, record: ArrayRecord) -> Sent:
+        """Return the arrays of a record that was sent.
+
+        Most clients are sent the same record, which is read once.
+        """
+        if id(record) not in self._sent:
+            try:
+                arrays = {name: np.asarray(array.numpy()) for name, array in record.items()}
+            except TypeError as error:
+                raise ValueError(f"CompressedStrategy needs numpy arrays: {error}") from None
+            excluded = matching(arrays, self.exclude)
+            self._sent[id(record)] = Sent(arrays, default_parts(arrays, excluded), excluded)
+        return self._sent[id(record)]
