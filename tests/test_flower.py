@@ -8,6 +8,7 @@ import logging
 import random
 import re
 import resource
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.1
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import strategy as flower
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,9 +28,11 @@ from hypothesis import strategies as st
 from lbgm_compress import (
     LBGM,
     Atomo,
+    Compressor,
     ErrorFeedback,
     Identity,
     LookBackSubspace,
+    PayloadError,
     Sender,
     SignSGD,
     TopK,
@@ -43,7 +47,13 @@ from lbgm_compress.adapters.flower import (
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
 from lbgm_compress.adapters.flower.reply import DTYPES
 from lbgm_compress.adapters.flower.request import KEY, Request
+from lbgm_compress.adapters.grace import FromGrace
+from lbgm_compress.compressor import Encoding
+from lbgm_compress.decoded import Dense
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import as_bytes, from_bytes
 from tests.flower_loopback import LoopbackGrid, arrays_of, context, make_app, start
+from tests.grace_protocol import LargestK
 from tests.laws import assert_same_bits, saved_and_loaded
 
 pytestmark = pytest.mark.flower
@@ -916,6 +926,130 @@ def test_arrays_that_cannot_be_sent_are_told_at_the_server():
     strategy = CompressedStrategy(flower.FedAvg(), LBGM())
     with pytest.raises(ValueError, match="'long' is"):
         strategy.start(grid, arrays_of(long=long), num_rounds=1)
+
+
+# --- compressors of one's own --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class EveryNth(Compressor):
+    """Sends every n-th element."""
+
+    step: int = 2
+
+    def encode(self, grad, state):
+        chosen = grad.reshape(-1)[:: self.step].contiguous()
+        decoded = torch.zeros(grad.numel(), dtype=grad.dtype)
+        decoded[:: self.step] = chosen
+        body = as_bytes(chosen)
+        return Encoding(bytes([Kind.BODY]), lambda: body, Dense(decoded.view(grad.shape)), state)
+
+    def decode(self, head, body, state, like):
+        decoded = torch.zeros(like.numel(), dtype=like.dtype)
+        count = decoded[:: self.step].numel()
+        if body.numel() != count * like.dtype.itemsize:
+            raise PayloadError(f"{body.numel()} bytes for {count} elements")
+        decoded[:: self.step] = from_bytes(body, like.dtype)
+        return Dense(decoded.view(like.shape)), state
+
+
+class OtherEveryNth(EveryNth):
+    """A class of the same name, elsewhere."""
+
+
+OtherEveryNth.__name__ = "EveryNth"
+
+
+@pytest.mark.parametrize(
+    ("compressor", "classes", "share"),
+    [
+        (EveryNth(5), [EveryNth], 1 / 5),
+        (LBGM(EveryNth(10), delta=1.0), [EveryNth], 1 / 10),
+        (LBGM(FromGrace(LargestK(0.1)), delta=1.0), [FromGrace, LargestK], 3 / 10),
+    ],
+    ids=repr,
+)
+def test_compressors_of_ones_own_work_where_both_ends_know_their_classes(
+    compressor, classes, share
+):
+    inner = Kept()
+    strategy = CompressedStrategy(inner, compressor, compressors=classes)
+    grid = LoopbackGrid(make_app([CompressionMod(compressors=classes)], noise=0.0), 3)
+    result = strategy.start(grid, arrays_of(), num_rounds=3)
+    metrics = list(result.train_metrics_clientapp.values())
+    assert [m["rejected-replies"] for m in metrics] == [0, 0, 0]
+    assert len(inner.received()) == 3
+    sent = metrics[0]["uplink-bytes"] / metrics[0]["dense-bytes"]
+    # A message has a head of 16 bytes.
+    assert sent == pytest.approx(share, rel=0.1)
+    assert metrics[-1]["recycled-share"] == compressor.receiver_has_state
+
+
+def test_client_that_lacks_a_class_answers_with_an_error_that_names_it():
+    replies = []
+    for known, missing in ([], "FromGrace, LargestK"), ([FromGrace], "LargestK"):
+        replies.clear()
+        strategy = CompressedStrategy(
+            flower.FedAvg(), LBGM(FromGrace(LargestK(0.1))), compressors=[FromGrace, LargestK]
+        )
+        app = make_app([CompressionMod(compressors=known)])
+        result = one_round(strategy, app, lambda found: replies.extend(found) or found)
+        assert len(replies) == 3
+        for reply in replies:
+            assert reply.error.code == ErrorCode.MOD_FAILED_PRECONDITION
+            assert reply.error.reason == (
+                "compression_mod: the server's compressor is LBGM(FromGrace(LargestK(0.1))), and "
+                f"this client does not know {missing}: use CompressionMod(compressors=[{missing}])"
+            )
+        assert result.train_metrics_clientapp[1]["uplink-bytes"] == 0
+
+
+class Unreadable(EveryNth):
+    """Its repr is no expression."""
+
+    def __repr__(self):
+        return "<every other>"
+
+
+class Forgetful(EveryNth):
+    """Its repr leaves out an argument."""
+
+    def __repr__(self):
+        return "Forgetful()"
+
+
+@pytest.mark.parametrize(
+    ("compressor", "classes", "message"),
+    [
+        (
+            LBGM(EveryNth(3)),
+            [],
+            r"clients do not know EveryNth of LBGM\(EveryNth\(step=3\)\): pass "
+            r"compressors=\[EveryNth\] to CompressedStrategy, and use "
+            r"CompressionMod\(compressors=\[EveryNth\]\) at the clients",
+        ),
+        (FromGrace(LargestK(0.1)), [], r"do not know FromGrace, LargestK of FromGrace\(Lar"),
+        (FromGrace(LargestK(0.1)), [FromGrace], r"compressors=\[LargestK\] to CompressedStrategy"),
+        (Unreadable(), [Unreadable], "the repr of a compressor must be the expression that builds"),
+        (Forgetful(3), [Forgetful], "clients would build another compressor"),
+        (EveryNth(), [OtherEveryNth], "clients would build another compressor"),
+        (EveryNth(), [EveryNth, OtherEveryNth], "known has twice"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else repr(value),
+)
+def test_server_refuses_at_its_start_what_clients_could_not_build(compressor, classes, message):
+    with pytest.raises(ValueError, match=message):
+        CompressedStrategy(flower.FedAvg(), compressor, compressors=classes)
+
+
+def test_known_classes_must_be_classes_at_either_end():
+    for make in (
+        lambda wrong: CompressionMod(compressors=[wrong]),
+        lambda wrong: CompressedStrategy(flower.FedAvg(), LBGM(), compressors=[wrong]),
+    ):
+        for wrong in ("EveryNth", EveryNth(2)):
+            with pytest.raises(TypeError, match="takes classes"):
+                make(wrong)
 
 
 # --- what users see ------------------------------------------------------------------------------
