@@ -492,7 +492,7 @@ def test_closed_or_forgotten_probe_sees_nothing_more():
     [
         ({"deltas": ()}, "deltas is empty"),
         ({"deltas": (1.5,)}, "delta must be from 0 to 1, not 1.5"),
-        ({"deltas": (NormBudget(0.1),)}, "a NormBudget is not played"),
+        ({"deltas": (NormBudget(0.1),)}, "a NormBudget is not replayed"),
         ({"inner": LBGM()}, "looks back itself"),
         ({"averaged": (2, 3)}, r"averaged must be 2, 4, 8 and so on, not \(2, 3\)"),
         ({"ranks": (0,)}, "rank must be a whole number of at least 1"),
@@ -520,7 +520,7 @@ def test_what_is_no_model_is_refused_and_leaves_no_hooks():
 
 def test_wrong_gradients_are_refused_and_counted_nowhere():
     probe = LookBackProbe(network())
-    with pytest.raises(ValueError, match="watches no parameter 'weight'"):
+    with pytest.raises(ValueError, match="observes no parameter 'weight'"):
         probe.observe({"weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"'0.bias' has shape \(3,\), expected \(32,\)"):
         probe.observe({"0.bias": torch.ones(3)})

@@ -16,7 +16,7 @@ optimizer, and prints the report when the script ends.
 [0.67, 0.67]
 """
 
+from lbgm_compress.probe.look_back_probe import DELTAS, LookBackProbe
 from lbgm_compress.probe.report import Report, Row
-from lbgm_compress.probe.watch import DELTAS, LookBackProbe
 
 __all__ = ["DELTAS", "LookBackProbe", "Report", "Row"]

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.parse import parse_compressor
-from lbgm_compress.probe.watch import DELTAS, LookBackProbe
+from lbgm_compress.probe.look_back_probe import DELTAS, LookBackProbe
 
 # Of a script that makes ever new models, such as one for each fold, the first are watched.
 MOST = 4

@@ -1,172 +1,109 @@
-"""Methods played on a stream of gradients, without anything being sent."""
+"""Replays of compression methods on a stream of gradients; nothing is sent."""
 
 from __future__ import annotations
 
 import abc
 import functools
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lbgm_compress.compressor import Encoding, State
+from lbgm_compress.compressor import Encoding, State, raw
 from lbgm_compress.compressors.identity import Identity
-from lbgm_compress.compressors.lbgm import LBGM, MARGIN, SQUARES
+from lbgm_compress.compressors.lbgm import LBGM, Decision, LookBack
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
-from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.decoded import Dense
 from lbgm_compress.endpoints import Sender
+from lbgm_compress.probe.gradient_statistics import CachedDecoded, GradientStatistics, dot64
 from lbgm_compress.probe.report import Row
 from lbgm_compress.wire.message import Kind, Message, recycles
 
-__all__ = ["LookBackPlay", "Play", "Seen", "SubspacePlay", "seen_of"]
+__all__ = ["LookBackReplay", "Replay", "SubspaceReplay"]
 
-RAW = int(Kind.RAW)
-# Of so many full payloads of a tensor one is made, unless all are wanted: coding takes time.
+# One of so many full payloads of a tensor is made, unless all are wanted: coding takes time.
 SIZED_EVERY = 8
+RAW = int(Kind.RAW)
 NOTHING = torch.zeros(1, dtype=torch.uint8)
 
 
-class Seen(Decoded):
-    """A gradient, whose inner products and copy are made once for all thresholds.
+class Step(NamedTuple):
+    """The payload of one tensor in one round, and what comes of it."""
 
-    Thresholds that sent the same gradient in full look back at one and the same tensor.
-    """
-
-    def __init__(self, grad: Tensor, square: Tensor, value: float) -> None:
-        self.grad = grad
-        self._copy: Tensor | None = None
-        self._square = square
-        self._products: dict[int, Tensor] = {}
-        # Outside this range float32 has lost bits, or overflowed.
-        self._precise = not SQUARES[0] < value < SQUARES[1]
-        self.square = float(_dot64(grad, grad)) if self._precise else value
-
-    def dense(self) -> Tensor:
-        if self._copy is None:
-            # Look-back gradients outlive the buffer that the gradient is in.
-            self._copy = self.grad.clone(memory_format=torch.contiguous_format)
-        return self._copy
-
-    def dots(self, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        if other is None:
-            return self._square, self._square
-        # Look-back gradients live as long as the round, so that no identity comes again.
-        if id(other) not in self._products:
-            flat = self.grad.reshape(-1), other.reshape(-1)
-            a, b = (f.float() if f.dtype.itemsize < 4 else f for f in flat)
-            self._products[id(other)] = torch.dot(a, b)
-        return self._square, self._products[id(other)]
-
-    def missed(self, encoding: Encoding, before: State) -> tuple[Tensor | None, float, float]:
-        """Return <g, l>, rho and |l|^2, which give |g - rho l|^2 of a round that began so.
-
-        None in the place of the product stands for nothing that is missed.
-        """
-        rho, applied = 1.0, encoding.state
-        if encoding.head[0] & RAW:
-            return None, 0.0, 0.0
-        if encoding.body is None:
-            [rho], applied = struct.unpack("<f", encoding.head[1:]), before
-        look_back = applied["look_back"]
-        if look_back is self._copy:
-            return None, 0.0, 0.0
-        if self._precise:
-            return _dot64(self.grad, look_back), rho, float(_dot64(look_back, look_back))
-        return self.dots(look_back)[1], rho, applied["square_norm"]
-
-
-def seen_of(grads: Sequence[Tensor]) -> list[Seen] | None:
-    """Look at gradients, with one synchronisation; None if one has inf or nan."""
-    squares = [Dense(grad).dots(None)[0].double() for grad in grads]
-    values = torch.stack(squares).tolist()
-    # A finite square means finite entries; only an infinite one needs a closer look.
-    for grad, value in zip(grads, values, strict=True):
-        if not math.isfinite(value) and not bool(grad.isfinite().all()):
-            return None
-    return [Seen(*of) for of in zip(grads, squares, values, strict=True)]
-
-
-def _dot64(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).double(), b.reshape(-1).double())
-
-
-class _Once(Decoded):
-    """What the inner compressor made of a gradient; as `Seen`, made dense and multiplied once."""
-
-    def __init__(self, decoded: Decoded) -> None:
-        self._decoded = decoded
-        self._dense: Tensor | None = None
-        self._products: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def dense(self) -> Tensor:
-        if self._dense is None:
-            self._dense = self._decoded.dense()
-        return self._dense
-
-    def dots(self, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        if id(other) not in self._products:
-            self._products[id(other)] = self._decoded.dots(other)
-        return self._products[id(other)]
+    head: bytes
+    body: Callable[[], Tensor] | None
+    """Makes a body of the payload's size."""
+    state: Any
+    """The method's state of this tensor after the round."""
+    missed: float
+    """|g - applied|^2."""
 
 
 @dataclass
 class Tally:
-    """What a method did to one tensor so far."""
+    """Sums over the rounds of one method and one tensor."""
 
     rounds: int = 0
     recycled: int = 0
     bytes: int = 0
     full_bytes: int = 0
-    """Of the rounds in which it was not recycled."""
+    """Bytes in the rounds in which the tensor was not recycled."""
     dense_bytes: int = 0
-    """Of one uncompressed payload a round."""
+    """Bytes of one uncompressed payload a round."""
     error: float = 0.0
-    """Sum over rounds of |g - applied|^2 / |g|^2."""
+    """Sum of |g - applied|^2 / |g|^2."""
 
 
-class Play(abc.ABC):
-    """One stream of gradients, and the methods that are played on it."""
+class Replay(abc.ABC):
+    """Methods that are replayed on one stream of gradients.
+
+    Parameters
+    ----------
+    compressors
+        The methods.
+    steps
+        Number of training steps whose mean is one gradient of the stream.
+    """
 
     def __init__(self, compressors: Sequence[LBGM | LookBackSubspace], steps: int = 1) -> None:
         self.compressors, self.steps = list(compressors), steps
         self.rounds = 0
         self.dense_bytes = 0
-        self.states: list[dict[str, State]] = [{} for _ in compressors]
+        self.states: list[dict[str, Any]] = [{} for _ in compressors]
         self.tallies: list[dict[str, Tally]] = [{} for _ in compressors]
         self.messages = [0 for _ in compressors]
         self.errors = [0.0 for _ in compressors]
         self._dense: dict[tuple[str, ...], tuple[int, dict[str, int]]] = {}
 
-    def round(self, grads: Mapping[str, Tensor], seen: Sequence[Seen]) -> None:
-        """Play one round; the gradients may change afterwards."""
+    def round(self, grads: Mapping[str, Tensor], statistics: Sequence[GradientStatistics]) -> None:
+        """Replay one round; the gradients may change afterwards."""
         if not self.compressors:
             return
-        names = list(grads)
-        made = [self.encode(which, grads, seen) for which in range(len(self.compressors))]
-        # Nothing is counted before everything is made: an error leaves things as they were.
+        made = self.encode(grads, statistics)
+        # Nothing is counted before everything is made: an error leaves the counts as they were.
         total, dense = self._dense_sizes(grads)
         sizes: dict[tuple[int, ...], tuple[int, list[int]]] = {}
-        for which, (encodings, missed) in enumerate(made):
-            key = tuple(map(id, encodings))
+        for method, steps in enumerate(made):
+            key = tuple(map(id, steps))
             if key not in sizes:
-                bodies = [None if e.body is None else e.body() for e in encodings]
-                message = Message(0, 0, 0, [encoding.head for encoding in encodings], bodies)
+                bodies = [None if step.body is None else step.body() for step in steps]
+                message = Message(0, 0, 0, [step.head for step in steps], bodies)
                 sizes[key] = message.numel(), message.sizes()
-            self._count(which, names, encodings, seen, missed, dense, *sizes[key])
+            self._count(method, list(grads), steps, statistics, dense, *sizes[key])
         self.rounds += 1
         self.dense_bytes += total
 
     @abc.abstractmethod
     def encode(
-        self, which: int, grads: Mapping[str, Tensor], seen: Sequence[Seen]
-    ) -> tuple[list[Encoding], list[float]]:
-        """Return one method's encodings, and |g - applied|^2 of each."""
+        self, grads: Mapping[str, Tensor], statistics: Sequence[GradientStatistics]
+    ) -> list[list[Step]]:
+        """Return, for each method, the step of each tensor; no state changes."""
 
     def _dense_sizes(self, grads: Mapping[str, Tensor]) -> tuple[int, dict[str, int]]:
+        """Return the bytes of the uncompressed message, and of each tensor in it."""
         key = tuple(grads)
         if key not in self._dense:
             sender = Sender(Identity())
@@ -176,35 +113,32 @@ class Play(abc.ABC):
 
     def _count(
         self,
-        which: int,
+        method: int,
         names: Sequence[str],
-        encodings: Sequence[Encoding],
-        seen: Sequence[Seen],
-        missed: Sequence[float],
+        steps: Sequence[Step],
+        statistics: Sequence[GradientStatistics],
         dense: Mapping[str, int],
-        message: int,
+        message_size: int,
         sizes: Sequence[int],
     ) -> None:
-        self.messages[which] += message
-        total = sum(gradient.square for gradient in seen)
-        self.errors[which] += sum(missed) / total if total else 0.0
-        tallies, states = self.tallies[which], self.states[which]
-        for name, encoding, size, gradient, lost in zip(
-            names, encodings, sizes, seen, missed, strict=True
-        ):
-            states[name] = encoding.state
+        self.messages[method] += message_size
+        total = sum(gradient.square for gradient in statistics)
+        self.errors[method] += sum(step.missed for step in steps) / total if total else 0.0
+        tallies, states = self.tallies[method], self.states[method]
+        for name, step, size, gradient in zip(names, steps, sizes, statistics, strict=True):
+            states[name] = step.state
             tally = tallies.setdefault(name, Tally())
             tally.rounds += 1
             tally.bytes += size
             tally.dense_bytes += dense[name]
-            tally.error += lost / gradient.square if gradient.square else 0.0
-            if recycles(encoding.head[0]):
+            tally.error += step.missed / gradient.square if gradient.square else 0.0
+            if recycles(step.head[0]):
                 tally.recycled += 1
             else:
                 tally.full_bytes += size
 
     def rows(self) -> Iterator[Row]:
-        """Yield a row about all tensors, and one for each, of every method."""
+        """Yield a row about all tensors, and one for each tensor, of every method."""
         if not self.rounds:
             return
         for compressor, tallies, sent, error in zip(
@@ -217,14 +151,14 @@ class Play(abc.ABC):
                 steps=self.steps,
                 subspace=isinstance(compressor, LookBackSubspace),
             )
-            of = list(tallies.values())
+            of_all = list(tallies.values())
             yield make(
                 tensor=None,
                 rounds=self.rounds,
-                recycled_share=sum(t.recycled for t in of) / sum(t.rounds for t in of),
+                recycled_share=sum(t.recycled for t in of_all) / sum(t.rounds for t in of_all),
                 bytes_per_step=sent / self.rounds / self.steps,
                 of_dense=sent / self.dense_bytes / self.steps,
-                saved=_saved(of),
+                saved=_saved(of_all),
                 relative_error=math.sqrt(error / self.rounds),
             )
             for name, tally in tallies.items():
@@ -239,12 +173,11 @@ class Play(abc.ABC):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was played; later rounds do not change it."""
+        """Return states and counts; later rounds do not change them."""
         return {
             "rounds": self.rounds,
             "dense_bytes": self.dense_bytes,
-            # The states of compressors are replaced, and never changed.
-            "states": [dict(states) for states in self.states],
+            "states": self._saved_states(),
             "tallies": [
                 {name: dict(vars(tally)) for name, tally in of.items()} for of in self.tallies
             ],
@@ -255,85 +188,100 @@ class Play(abc.ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.rounds, self.dense_bytes = state["rounds"], state["dense_bytes"]
-        self.states = [dict(states) for states in state["states"]]
+        self._load_states(state["states"])
         self.tallies = [
             {name: Tally(**tally) for name, tally in of.items()} for of in state["tallies"]
         ]
         self.messages, self.errors = list(state["messages"]), list(state["errors"])
 
+    def _saved_states(self) -> list[dict[str, State]]:
+        # The states of compressors are replaced, and never changed.
+        return [dict(states) for states in self.states]
 
-class LookBackPlay(Play):
-    """LBGM at several thresholds, over one inner compressor that runs once for all."""
+    def _load_states(self, saved: Sequence[Mapping[str, State]]) -> None:
+        self.states = [dict(states) for states in saved]
+
+
+class EncodedInner(NamedTuple):
+    """A gradient, and what the inner compressor made of it."""
+
+    name: str
+    grad: Tensor
+    statistics: GradientStatistics
+    encoding: Encoding
+    """`decoded` caches its products; `body` makes a body of the right size."""
+    before: State
+    """The inner compressor's state before the round."""
+
+
+class LookBackState(NamedTuple):
+    """State of LBGM for one tensor."""
+
+    look_back: LookBack | None
+    """Shared by thresholds as long as they decide alike."""
+    inner: State
+    """The inner compressor's state, the same at all thresholds."""
+
+
+class LookBackReplay(Replay):
+    """LBGM at several thresholds, over one inner compressor that runs once for all of them.
+
+    Parameters
+    ----------
+    compressors
+        LBGM at several thresholds, over the same inner compressor.
+    steps
+        As in `Replay`.
+    exact
+        Whether every full payload is made; else one of `SIZED_EVERY` is, and its size is taken for
+        the payloads that follow.
+    """
 
     compressors: list[LBGM]  # type: ignore[assignment]
+    states: list[dict[str, LookBackState]]
 
     def __init__(self, compressors: Sequence[LBGM], steps: int = 1, exact: bool = False) -> None:
         super().__init__(compressors, steps)
         self._exact = exact
         self._sizes: dict[str, tuple[int, Tensor]] = {}
-        self._made: list[Encoding] = []
-        self._found: dict[tuple[str, int], tuple[Encoding, float]] = {}
-
-    def round(self, grads: Mapping[str, Tensor], seen: Sequence[Seen]) -> None:
-        inner, states = self.compressors[0].inner, self.states[0]
-        self._made, self._found = [], {}
-        for (name, grad), gradient in zip(grads.items(), seen, strict=True):
-            state = states.get(name, {}).get("inner") or inner.initial_state(0)
-            # Gradients are known to be finite here.
-            encoding = inner.encode(grad, state)
-            lossless = isinstance(encoding.decoded, Dense) and encoding.decoded.tensor is grad
-            body = None if encoding.body is None else self._sized(name, encoding.body)
-            decoded = gradient if lossless else _Once(encoding.decoded)
-            self._made.append(encoding._replace(body=body, decoded=decoded))
-        super().round(grads, seen)
-        self._made, self._found = [], {}
 
     def encode(
-        self, which: int, grads: Mapping[str, Tensor], seen: Sequence[Seen]
-    ) -> tuple[list[Encoding], list[float]]:
-        # Thresholds that decide alike share their states, and what comes of them.
-        states, delta = self.states[which], _delta(self.compressors[which])
-        keys = [(name, id(states.get(name))) for name in grads]
-        rest = [i for i, key in enumerate(keys) if not self._holds(self._found.get(key), delta)]
-        if rest:
-            tensors = list(grads.values())
-            some = [tensors[i] for i in rest]
-            before = [states.get(keys[i][0], {}) for i in rest]
-            made = [self._made[i] for i in rest]
-            encodings = self.compressors[which].encode_over(made, some, before)
-            missed = self._missed([seen[i] for i in rest], encodings, before)
-            self._found.update(
-                zip((keys[i] for i in rest), zip(encodings, missed, strict=True), strict=True)
-            )
-        found = [self._found[key] for key in keys]
-        return [encoding for encoding, _ in found], [missed for _, missed in found]
-
-    def _holds(self, found: tuple[Encoding, float] | None, delta: float) -> bool:
-        """Whether what one threshold came to is what another comes to from the same state."""
-        if found is None:
-            return False
-        phase_error = found[0].phase_error
-        if phase_error is None:
-            return True
-        if recycles(found[0].head[0]):
-            return phase_error < delta - MARGIN
-        return phase_error > delta + MARGIN
-
-    def _missed(
-        self, seen: Sequence[Seen], encodings: Sequence[Encoding], before: Sequence[State]
-    ) -> list[float]:
-        parts = [
-            gradient.missed(encoding, state)
-            for gradient, encoding, state in zip(seen, encodings, before, strict=True)
+        self, grads: Mapping[str, Tensor], statistics: Sequence[GradientStatistics]
+    ) -> list[list[Step]]:
+        gradients = [
+            self._encode_inner(name, grad, gradient)
+            for (name, grad), gradient in zip(grads.items(), statistics, strict=True)
         ]
-        products = [product.double() for product, _, _ in parts if product is not None]
-        values = iter(torch.stack(products).tolist() if products else [])
-        return [
-            0.0
-            if product is None
-            else max(0.0, gradient.square - 2 * rho * next(values) + rho * rho * square)
-            for gradient, (product, rho, square) in zip(seen, parts, strict=True)
-        ]
+        # What a threshold decided from one look-back gradient holds for most others.
+        known: dict[tuple[str, int], tuple[Decision, Step]] = {}
+        steps = []
+        for compressor, states in zip(self.compressors, self.states, strict=True):
+            keys = []
+            rest: dict[tuple[str, int], tuple[EncodedInner, LookBack | None]] = {}
+            for gradient in gradients:
+                state = states.get(gradient.name)
+                look_back = None if state is None else state.look_back
+                key = gradient.name, id(look_back)
+                keys.append(key)
+                if key not in known or not known[key][0].holds_at(_delta(compressor)):
+                    rest[key] = gradient, look_back
+            known.update(zip(rest, _look_back_steps(compressor, list(rest.values())), strict=True))
+            steps.append([known[key][1] for key in keys])
+        return steps
+
+    def _encode_inner(
+        self, name: str, grad: Tensor, statistics: GradientStatistics
+    ) -> EncodedInner:
+        inner, state = self.compressors[0].inner, self.states[0].get(name)
+        before = (None if state is None else state.inner) or inner.initial_state(0)
+        # The gradient is finite, as `Compressor.encode` requires.
+        encoding = inner.encode(grad, before)
+        lossless = isinstance(encoding.decoded, Dense) and encoding.decoded.tensor is grad
+        encoding = encoding._replace(
+            body=None if encoding.body is None else self._sized(name, encoding.body),
+            decoded=statistics if lossless else CachedDecoded(encoding.decoded, grad),
+        )
+        return EncodedInner(name, grad, statistics, encoding, before)
 
     def _sized(self, name: str, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Return a body of the size of this one, or of one of the last few of the tensor.
@@ -351,28 +299,116 @@ class LookBackPlay(Play):
 
         return stand_in
 
+    def _saved_states(self) -> list[dict[str, State]]:
+        return [
+            {
+                name: {"inner": state.inner}
+                if state.look_back is None
+                else {
+                    "look_back": state.look_back.gradient,
+                    "square_norm": state.look_back.square_norm,
+                    "inner": state.inner,
+                }
+                for name, state in states.items()
+            }
+            for states in self.states
+        ]
 
-class SubspacePlay(Play):
+    def _load_states(self, saved: Sequence[Mapping[str, State]]) -> None:
+        # Thresholds that shared a look-back gradient share it again.
+        look_backs: dict[int, LookBack] = {}
+
+        def loaded(state: State) -> LookBackState:
+            look_back = None
+            if "look_back" in state:
+                gradient = state["look_back"]
+                look_back = look_backs.setdefault(
+                    id(gradient), LookBack(gradient, state["square_norm"])
+                )
+            return LookBackState(look_back, state.get("inner", {}))
+
+        self.states = [{n: loaded(state) for n, state in states.items()} for states in saved]
+
+
+def _look_back_steps(
+    compressor: LBGM, gradients: Sequence[tuple[EncodedInner, LookBack | None]]
+) -> list[tuple[Decision, Step]]:
+    """Return what LBGM decides and sends for gradients with these look-back gradients."""
+    decisions = compressor.decide(
+        [gradient.encoding.decoded for gradient, _ in gradients],
+        [look_back for _, look_back in gradients],
+    )
+    payloads = []
+    applied: list[tuple[GradientStatistics, float, LookBack | None]] = []
+    for (gradient, look_back), decision in zip(gradients, decisions, strict=True):
+        inner, statistics = gradient.encoding, gradient.statistics
+        if inner.head[0] & RAW or not math.isfinite(decision.square_norm):
+            sent_raw = raw(compressor, gradient.grad, {})
+            payloads.append(
+                (sent_raw.head, sent_raw.body, LookBackState(look_back, gradient.before))
+            )
+            applied.append((statistics, 1.0, None))
+            continue
+        if not decision.recycled:
+            look_back = LookBack(inner.decoded.dense(), decision.square_norm)
+        payload = compressor.pack(decision, inner, gradient.grad.device)
+        payloads.append((*payload, LookBackState(look_back, inner.state)))
+        applied.append((statistics, decision.rho, look_back))
+    return [
+        (decision, Step(*payload, missed))
+        for decision, payload, missed in zip(decisions, payloads, _missed(applied), strict=True)
+    ]
+
+
+def _missed(
+    applied: Sequence[tuple[GradientStatistics, float, LookBack | None]],
+) -> list[float]:
+    """Return |g - rho l|^2 for each g, rho and l, with one synchronisation; 0 without l."""
+    parts = [
+        (None, 0.0) if look_back is None else gradient.products(look_back)
+        for gradient, _, look_back in applied
+    ]
+    products = [product.double() for product, _ in parts if product is not None]
+    values = iter(torch.stack(products).tolist() if products else [])
+    return [
+        0.0
+        if product is None
+        else max(0.0, gradient.square - 2 * rho * next(values) + rho * rho * square)
+        for (gradient, rho, _), (product, square) in zip(applied, parts, strict=True)
+    ]
+
+
+class SubspaceReplay(Replay):
     """Look-back subspaces of several ranks."""
 
     def encode(
-        self, which: int, grads: Mapping[str, Tensor], seen: Sequence[Seen]
-    ) -> tuple[list[Encoding], list[float]]:
-        states = [self.states[which].get(name, {}) for name in grads]
-        encodings = self.compressors[which].encode_batch(list(grads.values()), states)
-        products = []
-        for encoding, grad in zip(encodings, grads.values(), strict=True):
-            rest = encoding.decoded.missing_from(grad)
-            products.append(_dot64(rest, rest))
-        return encodings, torch.stack(products).tolist()
+        self, grads: Mapping[str, Tensor], statistics: Sequence[GradientStatistics]
+    ) -> list[list[Step]]:
+        steps = []
+        for compressor, states in zip(self.compressors, self.states, strict=True):
+            before = [states.get(name, {}) for name in grads]
+            encodings = compressor.encode_batch(list(grads.values()), before)
+            products = []
+            for encoding, grad in zip(encodings, grads.values(), strict=True):
+                rest = encoding.decoded.missing_from(grad)
+                products.append(dot64(rest, rest))
+            steps.append(
+                [
+                    Step(encoding.head, encoding.body, encoding.state, missed)
+                    for encoding, missed in zip(
+                        encodings, torch.stack(products).tolist(), strict=True
+                    )
+                ]
+            )
+        return steps
 
 
 def _delta(compressor: LBGM | LookBackSubspace) -> float:
-    return float(compressor.delta)  # type: ignore[arg-type]  # A probe plays no NormBudget.
+    return float(compressor.delta)  # type: ignore[arg-type]  # A probe replays no NormBudget.
 
 
 def _saved(tallies: Sequence[Tally]) -> float:
-    """Return the share of the bytes that recycling saves, of what would be sent without it."""
+    """Return the share of bytes that recycling saves, of those that would be sent without it."""
     sent = without = 0.0
     for tally in tallies:
         sent += tally.bytes

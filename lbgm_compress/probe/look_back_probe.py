@@ -1,4 +1,4 @@
-"""The probe: takes gradients as they pass, and has them played."""
+"""A probe that copies the gradients of a training and replays compression methods on them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.norm_budget import NormBudget
-from lbgm_compress.probe.replay import LookBackPlay, Play, Seen, SubspacePlay, seen_of
+from lbgm_compress.probe.gradient_statistics import GradientStatistics, gradient_statistics
+from lbgm_compress.probe.replay import LookBackReplay, Replay, SubspaceReplay
 from lbgm_compress.probe.report import Report, advice
 
 __all__ = ["DELTAS", "LookBackProbe"]
 
 DELTAS = (0.01, 0.05, 0.1, 0.2, 0.5)
 RANKS = (1, 2, 4, 8, 16)
-# Powers of two, so that each mean is one of two of those before.
+# Powers of two, so that each mean is that of two means of the number before.
 AVERAGED = (2, 4, 8, 16)
 FORMAT = 1
 KEYS = ("methods", "shapes", "seen", "skipped", "elapsed", "seconds", "extra", "plays", "means")
@@ -40,57 +41,58 @@ EXTRAS = ("averages", "subspaces")
 
 
 class LookBackProbe:
-    """Watches the gradients of a training and says what looking back would save.
+    """Observes the gradients of a training and reports what looking back would save.
 
-    It plays LBGM (arXiv 2202.00280, algorithm 1) at several thresholds, `LookBackSubspace` at
-    several ranks, and LBGM on gradients averaged over several steps, all at once, on the gradients
-    that pass by. The training is left as it is: this is the open loop. With compression the model
-    would take other steps, and see gradients a little different from these.
+    The probe replays LBGM (arXiv 2202.00280, algorithm 1) at several thresholds,
+    `LookBackSubspace` at several ranks, and LBGM on gradients averaged over several steps, all on
+    the same gradients. It does not change the training: this is the open loop. With compression the
+    model would take other steps, and its gradients would differ a little from these.
 
-    Attach it before the first backward pass; a gradient is taken when backward passes have
-    accumulated it, before anything averages or clips it, and a round ends when an optimizer of
-    torch's steps. On a rank of DistributedDataParallel or Horovod it is thus that rank's own
-    gradient, which is what it would send. Parameters that get no gradient in a step are left out of
-    that round, sparse gradients always. Whatever goes wrong while it watches ends the watching,
-    with a warning, and not the training.
+    Attach it before the first backward pass. A gradient is copied when backward passes have
+    accumulated it, before anything averages or clips it; a round ends when an optimizer of torch's
+    steps. On a rank of DistributedDataParallel or Horovod it is thus that rank's own gradient,
+    which is what the rank would send. Parameters that get no gradient in a step are left out of
+    that round; sparse gradients always are. An error of the probe detaches it, with a warning, and
+    the training goes on.
 
-    It costs a few passes over the gradients, one more for each look-back gradient that differs
-    between thresholds, and what `inner` takes. Averages and subspaces cost more, and are played on
-    some of the steps alone (`cost`), as if those were all: where gradients change slowly, that
-    makes them look worse than they are. On a CUDA device it waits for the backward pass, which its
-    clock counts. Memory: one model, another for each threshold at most, and two for each of
-    `averaged`.
+    The cost is a few passes over the gradients, one more for each look-back gradient that differs
+    between thresholds, and the time of `inner`. Averages and subspaces cost more, and are replayed
+    on some of the steps only (`cost`), as if there were no other steps: where gradients change
+    slowly, that makes them look worse than they are. On a CUDA device the probe waits for the
+    backward pass, and its clock counts that. Its memory is that of one model, another for each
+    threshold at most, and two for each of `averaged`.
 
     Parameters
     ----------
     model
-        The module whose parameters are watched (the one inside, or the wrapped one), or pairs of
-        names and parameters; all on one device.
+        The module whose parameters are observed (the module itself, or one that wraps it), or pairs
+        of names and parameters; all on one device.
     deltas
         Thresholds of LBGM, 0 to 1.
     inner
-        The compressor under LBGM; it must not look back itself.
+        The compressor under LBGM; its receiver must not keep state.
     ranks
         Ranks of `LookBackSubspace`; empty for none.
     averaged
-        How many steps' gradients to average before they are sent: powers of two, ascending from 2;
-        empty for none. They are played at the threshold nearest to 0.2.
+        Numbers of steps whose gradients are averaged before they are sent: powers of two, ascending
+        from 2; empty for none. They are replayed at the threshold nearest to 0.2.
     cost
-        Share of the time that may go into watching. Thresholds are played on every step, whatever
-        they take; averages and subspaces have the rest, half each, and a tenth of the whole at
-        least. None plays all on every step, and makes every payload; else one of eight is made, and
-        its size is that of the next seven.
+        Share of the time that the probe may take. Thresholds are replayed on every step, whatever
+        they cost. Averages and subspaces get half each of the share that is left, which is taken to
+        be at least a tenth of `cost`. None replays everything on every step, and makes every
+        payload; otherwise one of eight is made, and its size is taken for the next seven.
     updates
-        Take one update a ``with`` block in the place of gradients: what the parameters have moved
-        by in it, as a federated client sends it. The model then needs no optimizer of torch's.
+        Observe one update for each ``with`` block in the place of gradients: the parameters at its
+        start minus those at its end, as a federated client sends it. The model then needs no
+        optimizer of torch's.
     file
-        Where to keep what was seen, so that the next probe with this file goes on: for clients that
-        are made anew in each round. It is read when the probe is made, and written by `close`.
+        File for the state, so that the next probe with this file goes on: for clients that are
+        created anew in each round. It is read when the probe is created, and written by `close`.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be, or the file is that of another probe.
+        If an argument is not as described, or the file is that of another probe.
 
     Examples
     --------
@@ -98,7 +100,7 @@ class LookBackProbe:
     >>> model = torch.nn.Linear(20, 5)
     >>> for round_ in range(3):
     ...     with LookBackProbe(model, updates=True) as probe:
-    ...         _ = model.weight.data.add_(1)  # what a client does in a round
+    ...         _ = model.weight.data.add_(1)  # the client's training
     >>> probe.report().rounds
     1
     """
@@ -115,14 +117,14 @@ class LookBackProbe:
         updates: bool = False,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._parameters, self._left_out = _watched(model)
+        self._parameters, self._left_out = _observable(model)
         for name, given in (("deltas", deltas), ("ranks", ranks), ("averaged", averaged)):
             if isinstance(given, str) or not isinstance(given, Sequence):
                 raise TypeError(f"{name} must be a sequence such as (0.1, 0.2), not {given!r}")
         if not deltas:
             raise ValueError("deltas is empty: give at least one threshold, such as 0.2")
         if any(isinstance(delta, NormBudget) for delta in deltas):
-            raise ValueError("deltas are numbers from 0 to 1; a NormBudget is not played")
+            raise ValueError("deltas are numbers from 0 to 1; a NormBudget is not replayed")
         if list(averaged) != [2 ** (i + 1) for i in range(len(averaged))]:
             raise ValueError(f"averaged must be 2, 4, 8 and so on, not {tuple(averaged)}")
         if cost is not None and not 0 < cost < math.inf:
@@ -133,13 +135,13 @@ class LookBackProbe:
         compressors = [LBGM(inner, delta) for delta in deltas]
         exact = cost is None
         nearest = min(compressors, key=lambda compressor: abs(compressor.delta - 0.2))  # type: ignore[operator]
-        self._play = LookBackPlay(compressors, exact=exact)
-        self._averages = [LookBackPlay([nearest], steps, exact) for steps in averaged]
-        self._subspaces = SubspacePlay([LookBackSubspace(rank) for rank in ranks])
+        self._replay = LookBackReplay(compressors, exact=exact)
+        self._averages = [LookBackReplay([nearest], steps, exact) for steps in averaged]
+        self._subspaces = SubspaceReplay([LookBackSubspace(rank) for rank in ranks])
         self._means: list[dict[str, Tensor] | None] = [None for _ in averaged]
         self._spare: list[dict[str, Tensor]] = [{} for _ in averaged]
         self._cost, self._updates = cost, updates
-        self._seen = self._skipped = 0
+        self._observed = self._skipped = 0
         self._earlier = self._seconds = 0.0
         self._extra, self._last = dict.fromkeys(EXTRAS, 0.0), dict.fromkeys(EXTRAS, 0.0)
         self._began = time.perf_counter()
@@ -154,19 +156,24 @@ class LookBackProbe:
         if not updates:
             self._attach()
 
-    # --- watching --------------------------------------------------------------------------------
+    # --- observation -----------------------------------------------------------------------------
 
     def observe(self, grads: Mapping[str, Tensor]) -> None:
-        """Take one round's gradients, or updates, by name: for a training without an optimizer.
+        """Observe one round's gradients, or updates, in a training without an optimizer.
+
+        Parameters
+        ----------
+        grads
+            Gradients of observed parameters by name, with the parameters' shapes.
 
         Raises
         ------
         TypeError, ValueError
-            If they are not gradients of the watched parameters. Nothing is counted then.
+            If they are not gradients of observed parameters. Nothing is counted then.
         """
         for name, grad in grads.items():
             if name not in self._parameters:
-                raise ValueError(f"the probe watches no parameter {name!r}")
+                raise ValueError(f"the probe observes no parameter {name!r}")
             check_gradient(grad, name)
             expected = self._parameters[name].shape
             if grad.shape != expected:
@@ -180,7 +187,7 @@ class LookBackProbe:
             self._round({name: grads[name].detach() for name in sorted(grads)})
 
     def close(self) -> None:
-        """Stop watching, and write the file, if there is to be one; the report stays."""
+        """Detach the probe, and write `file` if there is one; the report stays available."""
         self._detach()
         if self._file is not None:
             data = io.BytesIO()
@@ -188,7 +195,7 @@ class LookBackProbe:
             atomic_write(self._file, data.getvalue(), mode=0o600)
 
     def __enter__(self) -> LookBackProbe:
-        """Begin an update, if `updates` are watched."""
+        """Copy the parameters at the start of an update, with `updates`; else attach the probe."""
         if self._updates:
             with self._timed():
                 self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
@@ -202,7 +209,7 @@ class LookBackProbe:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the update, unless an error ended the block, and close."""
+        """Observe the update, unless an error ended the block, and close the probe."""
         if self._updates and kind is None:
             with self._guarded():
                 names = sorted(self._parameters)
@@ -211,8 +218,8 @@ class LookBackProbe:
         self.close()
 
     def _attach(self) -> None:
-        """Copy gradients when they are complete, and end a round when an optimizer steps."""
-        # What the hooks hold must not keep the probe alive.
+        """Register hooks that copy complete gradients and end a round when an optimizer steps."""
+        # The hooks must not keep the probe alive.
         this = weakref.ref(self)
 
         def copier(name: str) -> Callable[[Tensor], None]:
@@ -235,7 +242,7 @@ class LookBackProbe:
             weakref.finalize(self, handle.remove)
 
     def _listen(self) -> None:
-        """Have `stepped` called whenever an optimizer steps."""
+        """Register a hook that calls `stepped` whenever an optimizer steps."""
         this = weakref.ref(self)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -252,12 +259,12 @@ class LookBackProbe:
         self._handles = []
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """End a round: this optimizer is about to step. Called by itself, unless `updates`."""
+        """End a round before a step of this optimizer; a hook calls it, unless `updates`."""
         if not self._fresh:
             return
         with self._guarded():
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            # A gradient that was thrown away is None by now; others are for another optimizer.
+            # A dropped gradient is None by now; the rest are for another optimizer.
             parameters = ((name, self._parameters[name]) for name in sorted(self._fresh))
             names = [name for name, p in parameters if id(p) in own and p.grad is not None]
             for name in names:
@@ -282,7 +289,7 @@ class LookBackProbe:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Time what is done, and stop watching where it fails: the training must go on."""
+        """Time the block, and detach the probe after an error: the training must go on."""
         try:
             with self._timed():
                 yield
@@ -293,37 +300,37 @@ class LookBackProbe:
             warnings.warn(f"LookBackProbe stopped watching: {self._stopped}", stacklevel=2)
 
     def _round(self, grads: dict[str, Tensor]) -> None:
-        seen = seen_of(list(grads.values()))
-        if seen is None:
+        statistics = gradient_statistics(list(grads.values()))
+        if statistics is None:
             self._skipped += 1
         else:
-            self._play.round(grads, seen)
+            self._replay.round(grads, statistics)
             self._average(grads)
-            self._extras("subspaces", self._subspaces, grads, seen)
-        self._seen += 1
+            self._replay_if_affordable("subspaces", self._subspaces, grads, statistics)
+        self._observed += 1
 
     def _average(self, grads: dict[str, Tensor]) -> None:
-        """Take means of pairs, of pairs of pairs and so on, and play each that is complete."""
-        # Means that could not be played are not begun: to take them costs, too.
+        """Average gradients in pairs, the means in pairs and so on, and replay complete means."""
+        # No mean is begun that could not be replayed: averaging costs, too.
         if not any(self._means) and not self._affords("averages"):
             return
         means = grads
-        for level, play in enumerate(self._averages):
+        for level, replay in enumerate(self._averages):
             held = self._means[level]
             if not held or held.keys() != means.keys():
                 self._means[level] = self._kept(level, means)
                 return
-            # In place: what is allocated in every step makes the training's own slower.
+            # In place: allocations in every step slow down those of the training.
             for name, mean in means.items():
                 held[name].add_(mean).mul_(0.5)
             means, self._means[level] = held, None
             narrow = {name: mean.to(grads[name].dtype) for name, mean in means.items()}
-            seen = seen_of(list(narrow.values()))
-            if seen is not None:
-                self._extras("averages", play, narrow, seen)
+            statistics = gradient_statistics(list(narrow.values()))
+            if statistics is not None:
+                self._replay_if_affordable("averages", replay, narrow, statistics)
 
     def _kept(self, level: int, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy means to where those of this level are kept."""
+        """Copy means to the buffers of this level."""
         kept = self._spare[level]
         for name, mean in means.items():
             if name not in kept:
@@ -333,72 +340,77 @@ class LookBackProbe:
             kept[name].copy_(mean)
         return {name: kept[name] for name in means}
 
-    def _extras(
-        self, what: str, play: Play, grads: dict[str, Tensor], seen: Sequence[Seen]
+    def _replay_if_affordable(
+        self,
+        extra: str,
+        replay: Replay,
+        grads: dict[str, Tensor],
+        statistics: Sequence[GradientStatistics],
     ) -> None:
-        """Play if it can be afforded."""
-        if self._affords(what):
+        if self._affords(extra):
             start = time.perf_counter()
-            play.round(grads, seen)
-            self._last[what] = time.perf_counter() - start
-            self._extra[what] += self._last[what]
+            replay.round(grads, statistics)
+            self._last[extra] = time.perf_counter() - start
+            self._extra[extra] += self._last[extra]
 
-    def _affords(self, what: str) -> bool:
-        """Whether half of what the thresholds leave of the cost is enough for a round of this."""
+    def _affords(self, extra: str) -> bool:
+        """Return whether this extra may take the time of its last round again.
+
+        Each extra may take half of the time that the thresholds leave of the cost.
+        """
         if self._cost is None:
             return True
-        most = self._cost * self._elapsed()
-        left = max(most - (self._seconds - sum(self._extra.values())), most / 10)
-        # As much again as the last time, which is nothing the first time.
-        return self._extra[what] + self._last[what] <= left / 2
+        allowed = self._cost * self._elapsed()
+        left = max(allowed - (self._seconds - sum(self._extra.values())), allowed / 10)
+        return self._extra[extra] + self._last[extra] <= left / 2
 
-    # --- what was seen ---------------------------------------------------------------------------
+    # --- results and state -----------------------------------------------------------------------
 
     def report(self) -> Report:
-        """Return what was seen so far."""
-        rows = [row for play in self._plays() for row in play.rows()]
-        played = self._play.rounds
-        never = [n for n in self._parameters if played and n not in self._play.tallies[0]]
+        """Return the results so far."""
+        rows = [row for replay in self._replays() for row in replay.rows()]
+        replayed = self._replay.rounds
+        never = [n for n in self._parameters if replayed and n not in self._replay.tallies[0]]
         return Report(
             rows=rows,
-            rounds=self._seen,
+            rounds=self._observed,
             skipped=self._skipped,
-            dense_bytes=self._play.dense_bytes / played if played else 0,
+            dense_bytes=self._replay.dense_bytes / replayed if replayed else 0,
             seconds=self._seconds,
             share_of_time=self._seconds / max(self._elapsed(), 1e-9),
             left_out=[*self._left_out, *never],
             stopped=self._stopped,
-            advice=advice(rows, self._seen, self._skipped, self._updates),
+            advice=advice(rows, self._observed, self._skipped, self._updates),
         )
 
-    def _plays(self) -> list[Play]:
-        return [self._play, *self._averages, self._subspaces]
+    def _replays(self) -> list[Replay]:
+        return [self._replay, *self._averages, self._subspaces]
 
     def _elapsed(self) -> float:
         return self._earlier + time.perf_counter() - self._began
 
     def _methods(self) -> list[str]:
-        return [repr(compressor) for play in self._plays() for compressor in play.compressors]
+        return [repr(compressor) for replay in self._replays() for compressor in replay.compressors]
 
     def _shapes(self) -> dict[str, str]:
         return {n: f"{tuple(p.shape)} {p.dtype}" for n, p in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was seen as a nested dict of tensors and numbers, for `torch.save`.
+        """Return the state as a nested dict of tensors and numbers, for `torch.save`.
 
-        What is seen later does not change it.
+        Later rounds do not change it.
         """
         means = [{} if m is None else {n: t.clone() for n, t in m.items()} for m in self._means]
         return {
             "format": FORMAT,
             "methods": self._methods(),
             "shapes": self._shapes(),
-            "seen": self._seen,
+            "seen": self._observed,
             "skipped": self._skipped,
             "elapsed": self._elapsed(),
             "seconds": self._seconds,
-            "extra": [[self._extra[what], self._last[what]] for what in EXTRAS],
-            "plays": [play.state_dict() for play in self._plays()],
+            "extra": [[self._extra[extra], self._last[extra]] for extra in EXTRAS],
+            "plays": [replay.state_dict() for replay in self._replays()],
             "means": means,
         }
 
@@ -408,16 +420,17 @@ class LookBackProbe:
         Raises
         ------
         ValueError
-            If it is that of a probe with other arguments or of another model, or no such state.
-            What was seen is as it was.
+            If the state is that of a probe with other arguments or of another model, or not such a
+            state. The probe is then as it was.
         """
         known = isinstance(state, Mapping) and set(KEYS) <= set(state)
         if not known or state.get("format") != FORMAT:
             raise ValueError("this is not the state of a LookBackProbe of this release")
         if state["methods"] != self._methods() or len(state["means"]) != len(self._means):
             raise ValueError(
-                f"the state is that of a probe that plays {', '.join(state['methods'])}, and this "
-                f"one plays {', '.join(self._methods())}: use the same arguments, or another file"
+                f"the state is that of a probe that replays {', '.join(state['methods'])}, and "
+                f"this one replays {', '.join(self._methods())}: use the same arguments, or "
+                "another file"
             )
         shapes = self._shapes()
         for name, shape in {**shapes, **state["shapes"]}.items():
@@ -426,23 +439,23 @@ class LookBackProbe:
                     f"the state is that of another model: parameter {name!r} is "
                     f"{state['shapes'].get(name)} there and {shapes.get(name)} here"
                 )
-        for play, kept in zip(self._plays(), state["plays"], strict=True):
-            play.load_state_dict(kept)
+        for replay, saved in zip(self._replays(), state["plays"], strict=True):
+            replay.load_state_dict(saved)
         self._means = [{n: t.clone() for n, t in m.items()} or None for m in state["means"]]
-        self._seen, self._skipped = state["seen"], state["skipped"]
+        self._observed, self._skipped = state["seen"], state["skipped"]
         self._seconds, self._earlier = state["seconds"], state["elapsed"]
-        for what, (spent, last) in zip(EXTRAS, state["extra"], strict=True):
-            self._extra[what], self._last[what] = spent, last
+        for extra, (spent, last) in zip(EXTRAS, state["extra"], strict=True):
+            self._extra[extra], self._last[extra] = spent, last
 
 
-def _watched(
+def _observable(
     model: nn.Module | Iterable[tuple[str, Tensor]],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the parameters to watch by name, and the names of those that cannot be."""
+    """Return the parameters to observe by name, and the names of those that cannot be."""
     hint = "give a module, or pairs of names and parameters as named_parameters() gives them"
     named = model.named_parameters() if isinstance(model, nn.Module) else model
     if isinstance(named, Mapping) or not isinstance(named, Iterable):
-        raise TypeError(f"cannot watch a {type(model).__name__}: {hint}")
+        raise TypeError(f"cannot observe a {type(model).__name__}: {hint}")
     parameters, left_out = {}, []
     for pair in named:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
@@ -459,7 +472,7 @@ def _watched(
         else:
             left_out.append(name)
     if not parameters:
-        raise ValueError("there are no parameters to watch: none requires a dense real gradient")
+        raise ValueError("there are no parameters to observe: none requires a dense real gradient")
     devices = {parameter.device for parameter in parameters.values()}
     if len(devices) > 1:
         raise ValueError(
