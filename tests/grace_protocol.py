@@ -1,7 +1,7 @@
-"""Small compressors, memories and communicators that keep to GRACE's protocol.
+"""Small compressors, memories and a communicator that keep to GRACE's protocol.
 
-They stand in for a checkout of GRACE where there is none; every property of GRACE's own that the
-adapter has to deal with is in one of them.
+They take the place of a checkout of GRACE where there is none. Every property of GRACE's own that
+the adapter deals with is in one of them.
 """
 
 from __future__ import annotations
@@ -134,8 +134,22 @@ class Residual(NoMemory):
         self.residuals[name] = tensor - compressor.decompress(compressed, ctx)
 
 
+class Communicator:
+    """Holds and calls a compressor, as GRACE's communicators do; moves nothing."""
+
+    def __init__(self, compressor):
+        self.compressor = compressor
+        self.memory = NoMemory()
+
+    def step(self, tensor, name):
+        tensor = self.memory.compensate(tensor, name)
+        tensors, ctx = self.compressor.compress(tensor, name)
+        self.memory.update(tensor, name, self.compressor, tensors, ctx)
+        return tensors, ctx
+
+
 def gather_round(ranks, grads, name):
-    """Let every rank compress, and decode all payloads with its own context."""
+    """Return each rank's average: all compress, and decode all payloads with their own context."""
     sent = []
     for (compressor, memory), grad in zip(ranks, grads, strict=True):
         tensor = memory.compensate(grad, name)

@@ -26,8 +26,10 @@ from lbgm_compress import (
     Sender,
     SignSGD,
     TopK,
+    parse_compressor,
 )
 from lbgm_compress.adapters.grace import FromGrace, GraceCompressor
+from lbgm_compress.adapters.grace.communicators import calling_communicator
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.transport import ProcessGroupTransport
 from tests import grace_protocol as protocol
@@ -82,6 +84,25 @@ def test_every_law_holds_on_gradients_of_a_training_run(compressor):
 @pytest.mark.parametrize(("compressor", "expression"), list(zip(WRAPPED, EXPRESSIONS, strict=True)))
 def test_repr_is_the_expression_that_builds_it(compressor, expression):
     assert repr(LBGM(compressor)) == f"LBGM(FromGrace({expression}))"
+
+
+@pytest.mark.parametrize("compressor", WRAPPED, ids=repr)
+def test_expression_is_read_back_where_its_classes_are_known(compressor):
+    known = [FromGrace, type(compressor.compressor)]
+    for made in (compressor, LBGM(ErrorFeedback(compressor))):
+        assert parse_compressor(repr(made), known=known) == made
+    with pytest.raises(ValueError, match="unknown compressor 'FromGrace'"):
+        parse_compressor(repr(compressor))
+
+
+def test_compressors_of_one_expression_and_two_origins_are_not_equal():
+    class LargestK(protocol.LargestK):
+        """A class of the same name, elsewhere."""
+
+    ours, others = FromGrace(protocol.LargestK(0.1)), FromGrace(LargestK(0.1))
+    assert repr(ours) == repr(others)
+    assert ours != others
+    assert parse_compressor(repr(ours), known=[FromGrace, LargestK]) == others
 
 
 def test_graces_compressor_is_copied_and_global_randomness_left_alone():
@@ -288,11 +309,11 @@ def test_sums_of_payloads_and_foreign_payloads_are_refused():
         one.decompress([recycled], ctx)
 
 
-def communicator(kind, module):
-    """Return a class that calls a compressor as GRACE's communicator of that name does."""
-    made = type(kind, (), {"step": lambda self, c, tensor: c.compress(tensor, "w")})
+def communicator(kind, module, compressor):
+    """Return an object that calls a compressor as GRACE's communicator of that name does."""
+    made = type(kind, (protocol.Communicator,), {})
     made.__module__ = module
-    return made()
+    return made(compressor)
 
 
 @pytest.mark.parametrize(
@@ -313,13 +334,49 @@ def test_communicators_that_cannot_carry_messages_are_refused_before_they_do(
     kind, module, compressor, message
 ):
     ours = GraceCompressor(compressor, rank=0)
-    caller = communicator(kind, module)
+    caller = communicator(kind, module, ours)
     if message is None:
-        assert caller.step(ours, torch.ones(5))[0][0].dtype == torch.uint8
+        assert caller.step(torch.ones(5), "w")[0][0].dtype == torch.uint8
     else:
         with pytest.raises(TypeError, match=message):
-            caller.step(ours, torch.ones(5))
+            caller.step(torch.ones(5), "w")
         assert ours.sender.state_dict()["tensors"] == {}
+
+
+def test_communicator_is_found_below_wrappers_and_above_its_own_subclasses():
+    ours = GraceCompressor(LBGM(), rank=0)
+    allreduce = communicator("Allreduce", "grace_dl.torch.communicator.allreduce", ours)
+
+    class Timed(type(allreduce)):
+        """A subclass of the user's, whose compressor is called through a decorator."""
+
+        def step(self, tensor, name):
+            return torch.no_grad()(super().step)(tensor, name)
+
+    class Trainer:
+        def __init__(self):
+            self.communicator, self.compressor = Timed(ours), "LBGM"
+
+        def train(self):
+            return self.communicator.step(torch.ones(5), "w")
+
+    with pytest.raises(TypeError, match="adds up what it moves"):
+        Trainer().train()
+
+
+def test_what_is_no_communicator_of_graces_is_let_through():
+    class Hostile:
+        @property
+        def __dict__(self):
+            raise RuntimeError("do not look")
+
+        def step(self, compressor):
+            return compressor.compress(torch.ones(5), "w")
+
+    ours = GraceCompressor(LBGM(), rank=0)
+    assert calling_communicator(ours) is None
+    [payload], ctx = Hostile().step(ours)
+    assert torch.equal(ours.decompress([payload], ctx), torch.ones(5))
 
 
 def test_rank_comes_from_the_engine_that_runs(monkeypatch):
