@@ -1,28 +1,48 @@
-"""The contract of a gradient compressor, and its laws.
+"""The contract of a gradient compressor: its rules and its laws.
 
 A compressor is a frozen dataclass of hyper-parameters. It keeps no state, draws from no global
-generator and knows no engine. State is a nested dict of tensors and numbers that goes in as an
-argument and comes back as a result; a sender and a receiver have different states, which only
-share what the payloads carry.
+random generator, does not communicate and knows no engine. A state is a nested dict of tensors and
+numbers that is passed in and returned. Sender and receiver have separate states; a receiver knows
+of the sender's only what the payloads carry.
 
-The laws, for every compressor and every composition (`tests/laws.py` checks them):
+To write a compressor, implement `encode` and `decode`. The public methods are made of them. A
+payload is a head of `head_size` bytes, whose first byte is its kind (flags of
+`lbgm_compress.wire.message.Kind`), and a body if the kind has ``BODY``.
+
+Rules for `encode` and `decode`:
+
+- A sender's state may be ``{}`` as well as what `initial_state` returned.
+- A state and the tensors in it are never modified in place: a new round has a new state.
+- `decode` computes the tensor from the payload, the receiver's state and `like` alone. `like`
+  gives shape, dtype and device, which both ends know by the tensor's name; they do not travel.
+- A receiver keeps a new state only from a payload whose kind has ``SETS``. From any other payload
+  `decode` must return the very state object that it was given; `read` raises `RuntimeError` if it
+  does not, since the receiver would drop that state and decode the next payload wrongly.
+- A payload that needs the receiver's state has ``USES``: only then does the receiver make sure that
+  it holds what the sender means. A compressor with such payloads has `receiver_has_state`, and its
+  `forget`, `own_state` and `sender_state` tell apart what both ends hold.
+- A payload depends on its own tensor and state, and never on another tensor of the message.
+- `head_size` depends on `like` alone, and not on the values of a gradient.
+- Randomness comes from a generator that is seeded from the sender's state. What a receiver needs of
+  it is sent, or follows from what is sent.
+- A gradient with inf or nan (as loss scaling produces) is sent as it is, uncompressed, and changes
+  no state, so that every rank sees the same inf or nan and skips the same step. `encode_batch` does
+  that before it calls `encode`.
+
+The laws, for every compressor and every composition (`tests.laws.check_laws` checks them):
 
 1. What a receiver decodes equals `decoded`, bit for bit on one device, in every round of a run.
-2. `compress` and `decompress` are pure: same input, same state, same output; neither the input
-   gradient nor the state that went in is modified.
+   So it does through `Sender.encode` and `Receiver`.
+2. `compress` and `decompress` are pure: same input, same state, same output; neither the gradient
+   nor the state that went in is modified.
 3. ``eval(repr(c)) == c``.
 4. A state survives `torch.save` and ``torch.load(weights_only=True)`` and the run goes on
    bit-exactly.
 5. Shapes and dtypes come back as they went: float32, float16, bfloat16 and float64; 0-d, empty,
-   one-element and non-contiguous tensors.
+   one-element, non-contiguous and channels-last tensors.
 6. Any byte string given to a receiver gives a tensor of the right shape or raises `PayloadError`:
    it never reads past the end, allocates no more than in proportion to the tensor that it
    decodes, and leaves the receiver's state untouched when it raises.
-
-A gradient with inf or nan (as loss scaling produces) is sent as it is, uncompressed, and changes
-no state, so that every rank sees the same inf or nan and skips the same step.
-
-To write a compressor, implement `encode` and `decode`; the public methods are made of them.
 """
 
 from __future__ import annotations
@@ -58,18 +78,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Encoding(NamedTuple):
-    """One compressed tensor, whose body and decoded form are made only if somebody asks."""
+    """One compressed tensor; its body and decoded form are made when they are asked for."""
 
     head: bytes
     """The fixed-size part of the payload; its first byte is the `Kind`."""
     body: Callable[[], Tensor] | None
-    """Makes the rest of the payload (flat uint8), valid while the gradient is unchanged."""
+    """Returns the rest of the payload (flat uint8); call it while the gradient is unchanged."""
     decoded: Decoded
     """What a receiver reconstructs; it may share memory with the gradient."""
     state: State
     """The sender's state after this round."""
     phase_error: float | None = None
-    """sin^2 of the angle to what was looked back at; None if nothing was."""
+    """sin^2 of the angle to the look-back gradient; None without one."""
 
     def payload(self, device: torch.device) -> Tensor:
         """Return head and body as one flat uint8 tensor."""
@@ -82,26 +102,26 @@ class Compressor(abc.ABC):
     """Turns gradients into payloads of bytes, and back."""
 
     kinds: ClassVar[frozenset[int]] = frozenset({Kind.BODY})
-    """The kinds of payload that `encode` makes and `decode` reads."""
+    """The kinds of payload that `encode` makes and `decode` reads, besides uncompressed ones."""
 
     @property
     def receiver_has_state(self) -> bool:
-        """Whether a receiver of this compressor keeps state."""
+        """True if a receiver of this compressor keeps state, which its payloads use and set."""
         return False
 
     @property
     def has_residual(self) -> bool:
-        """Whether a payload may carry what earlier gradients lost."""
+        """True if a payload may carry what earlier gradients lost."""
         return False
 
     @property
     def fixed_size(self) -> bool:
-        """Whether all payloads for a tensor have one size, whatever it holds."""
+        """True if all payloads for a tensor have one size, whatever its values."""
         return False
 
     @property
     def finishes_average(self) -> bool:
-        """Whether `finish` changes the average, as a majority vote does."""
+        """True if `finish` changes the average, as a majority vote does."""
         return False
 
     def __repr__(self) -> str:
@@ -145,7 +165,10 @@ class Compressor(abc.ABC):
     def compress_batch(
         self, grads: Sequence[Tensor], states: Sequence[State]
     ) -> list[tuple[Tensor, Tensor, State]]:
-        """Do `compress` for several tensors, with as few device synchronisations as for one."""
+        """Compress several gradients, with as few device synchronisations as for one.
+
+        Parameters, results and errors are those of `compress`, one a gradient.
+        """
         for grad in grads:
             check_gradient(grad)
         results = []
@@ -179,6 +202,9 @@ class Compressor(abc.ABC):
             If the bytes are not a payload of this compressor for such a tensor.
         OutOfSyncError
             If they need a look-back gradient and `state` holds none.
+        RuntimeError
+            If `decode` returns a new state from a payload without ``Kind.SETS``: an error of the
+            compressor.
         """
         decoded, state = self.read(*self.split(payload, like), state, like)
         return owned(decoded, payload), state
@@ -196,17 +222,20 @@ class Compressor(abc.ABC):
         return state
 
     def finish(self, mean: Tensor) -> Tensor:
-        """Return what a receiver makes of the weighted average of the decoded tensors."""
+        """Return the result of a step, given the weighted average of all decoded tensors.
+
+        A compressor that overrides this has `finishes_average`.
+        """
         return mean
 
     def initial_state(self, seed: int) -> State:
-        """Return a sender's state before the first round; `seed` is that of its randomness."""
+        """Return a sender's state before the first round, with the seed of its randomness."""
         return {}
 
     def forget(self, state: State) -> State:
-        """Return a sender's `state` without what it looks back at: the next payload is full.
+        """Return a sender's state without what its receiver holds: the next payload is full.
 
-        What only the sender knows, such as a residual, stays.
+        The part that only the sender knows, such as a residual, stays.
         """
         return state
 
@@ -215,9 +244,9 @@ class Compressor(abc.ABC):
         return state
 
     def sender_state(self, own: State, held: State, like: Tensor) -> State:
-        """Put a sender's state together, from its own part and what its receiver holds.
+        """Return a sender's state, made of its own part and of what its receiver holds.
 
-        The bits are those of the state that `own` was taken from, on the same device. `like` gives
+        The bits are those of the state from which `own` was taken, on the same device. `like` gives
         shape, dtype and device of the gradient.
         """
         return own
@@ -228,10 +257,14 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, grad: Tensor, state: State) -> Encoding:
-        """Compress a gradient that holds neither inf nor nan."""
+        """Compress a finite gradient: the core of `compress`, under the rules above.
+
+        `grad` must not be modified, and is valid until the next round: what the new state keeps of
+        it is copied.
+        """
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        """Compress gradients of any values."""
+        """Compress several gradients, finite or not."""
         return [
             self.encode(grad, state) if finite else raw(self, grad, state)
             for grad, state, finite in zip(grads, states, all_finite(grads), strict=True)
@@ -241,13 +274,14 @@ class Compressor(abc.ABC):
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
     ) -> tuple[Decoded, State]:
-        """Decode a payload of one of `kinds`; `body` is flat uint8, empty if there is none.
+        """Decode a payload of one of `kinds`, under the rules above: the core of `decompress`.
 
-        The result must be valid: whatever can be wrong with the bytes raises `PayloadError` here.
+        `body` is flat uint8, empty if the payload has none. All checks of the bytes are made here:
+        the decoded tensor that is returned can be used without an error.
         """
 
     def split(self, payload: Tensor, like: Tensor) -> tuple[bytes, Tensor | None]:
-        """Take a payload apart into head and body."""
+        """Return head and body of a payload; the body is None if its kind has none."""
         size = self.head_size(like)
         if payload.dtype != torch.uint8 or payload.dim() != 1:
             raise PayloadError(
@@ -268,7 +302,7 @@ class Compressor(abc.ABC):
 
         Raises
         ------
-        PayloadError, OutOfSyncError
+        PayloadError, OutOfSyncError, RuntimeError
             As `decompress`.
         """
         kind = head[0]
@@ -282,7 +316,14 @@ class Compressor(abc.ABC):
             return dense_from_bytes(body, like), state
         if kind not in self.kinds:
             raise PayloadError(f"unknown kind of payload {kind} for {self!r}")
-        return self.decode(head, body, state, like)
+        decoded, new = self.decode(head, body, state, like)
+        if new is not state and not kind & Kind.SETS:
+            raise RuntimeError(
+                f"{self!r} returned a new state from a payload of kind {kind}, which has no "
+                "Kind.SETS: a receiver keeps a state only from a payload that sets one. Return "
+                "the state that decode was given, or add Kind.SETS to the head and to `kinds`"
+            )
+        return decoded, new
 
 
 def check_gradient(grad: Tensor, name: str | None = None) -> None:
@@ -298,11 +339,11 @@ def check_gradient(grad: Tensor, name: str | None = None) -> None:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Say of each tensor whether it is free of inf and nan, with one device synchronisation."""
+    """Return whether each tensor is finite (no inf, no nan), with one device synchronisation."""
     if not tensors:
         return []
-    # A finite sum of squares means finite terms, and costs one read; only an infinite one, which
-    # may also come from overflow, needs a closer look.
+    # A finite sum of squares has finite terms, and costs one read. Only an infinite one, which may
+    # come from overflow, needs a second look.
     sums = torch.stack([square_sum(tensor) for tensor in tensors])
     return [
         finite or bool(tensor.isfinite().all())
@@ -311,7 +352,7 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def square_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of squares (0-d, float64), without synchronisation."""
+    """Return the sum of squares (0-d, float64), without a device synchronisation."""
     flat = tensor.reshape(-1)
     if flat.dtype.itemsize < 4:
         flat = flat.float()
@@ -319,13 +360,13 @@ def square_sum(tensor: Tensor) -> Tensor:
 
 
 def raw(compressor: Compressor, grad: Tensor, state: State) -> Encoding:
-    """Send a gradient as it is; the state stays as it was."""
+    """Return the encoding of an uncompressed gradient, which leaves the state as it was."""
     head = bytes([Kind.RAW | Kind.BODY]) + bytes(compressor.head_size(grad) - 1)
     return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
 
 
 def dense_from_bytes(body: Tensor, like: Tensor) -> Dense:
-    """Read the elements of a tensor as they are in memory, row by row."""
+    """Return a tensor whose elements are in `body` as they are in memory, row by row."""
     expected = like.numel() * like.dtype.itemsize
     if body.numel() != expected:
         raise PayloadError(

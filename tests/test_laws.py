@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,62 +12,21 @@ from hypothesis.extra import numpy as hnp
 
 from lbgm_compress import (
     LBGM,
-    Atomo,
+    Compressor,
     ErrorFeedback,
-    Identity,
     LookBackSubspace,
-    NormBudget,
-    SignSGD,
+    Receiver,
+    Sender,
     TopK,
 )
-from lbgm_compress.wire.values import PRECISIONS
+from lbgm_compress.compressor import Encoding, dense_from_bytes
+from lbgm_compress.decoded import Scaled
+from lbgm_compress.wire.message import Kind
+from lbgm_compress.wire.values import as_bytes
+from tests.compressors import COMPRESSORS
 from tests.gradients import awkward_shapes, training_run
 from tests.laws import assert_same_bits, check_laws
 
-COMPRESSORS = [
-    Identity(),
-    TopK(0.01),
-    TopK(1.0),
-    *(TopK(0.2, values) for values in PRECISIONS),
-    SignSGD(),
-    SignSGD(scaled=True),
-    SignSGD(vote=True),
-    Atomo(2),
-    Atomo(2, unbiased=True),
-    LBGM(),
-    LBGM(TopK(0.01)),
-    LBGM(TopK(0.1, "int8"), delta=0.9),
-    LBGM(SignSGD()),
-    LBGM(SignSGD(scaled=True), delta=0.6),
-    LBGM(Atomo(rank=2)),
-    LBGM(Atomo(rank=2, unbiased=True), delta=1.0),
-    LBGM(delta=NormBudget(0.5)),
-    LBGM(SignSGD(scaled=True), NormBudget(0.1, local_steps=4)),
-    LBGM(TopK(0.1), compare="raw"),
-    LBGM(SignSGD(), delta=0.8, compare="raw"),
-    LBGM(Atomo(rank=2, unbiased=True), delta=0.5, compare="raw"),
-    ErrorFeedback(LBGM(TopK(0.01), NormBudget(0.5), compare="raw")),
-    LBGM(delta=0),
-    LBGM(delta=1.0),
-    ErrorFeedback(Identity()),
-    ErrorFeedback(TopK(0.01)),
-    ErrorFeedback(SignSGD(scaled=True)),
-    LBGM(ErrorFeedback(TopK(0.01))),
-    LBGM(ErrorFeedback(Identity())),
-    ErrorFeedback(LBGM(TopK(0.01))),
-    ErrorFeedback(LBGM(Atomo(rank=2), delta=0.5)),
-    ErrorFeedback(LBGM(SignSGD(), delta=0.8)),
-    LookBackSubspace(),
-    LookBackSubspace(2, 0.3, values="float32"),
-    LookBackSubspace(3, 0.5, refresh=2, values="float16"),
-    LookBackSubspace(2, 0.0, values="bfloat16"),
-    LookBackSubspace(1, 0.9, values="float64"),
-    LookBackSubspace(1, 0.2, view="flat", values="float32"),
-    LookBackSubspace(4, 0.5, view="flat", refresh=2),
-    ErrorFeedback(LookBackSubspace(2, 0.95, values="int2")),
-    ErrorFeedback(LookBackSubspace(4, 0.9, values="int4", directions="int2")),
-    ErrorFeedback(LookBackSubspace(3, 0.8, view="flat", values="int4")),
-]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -139,3 +100,66 @@ def test_a_receiver_that_looks_back_cannot_be_inside_lbgm():
     ):
         with pytest.raises(ValueError, match="looks back itself"):
             LBGM(inner)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AlternatingSigns(Compressor):
+    """Sends every second gradient negated; both ends count the rounds to know which."""
+
+    announced: bool = False
+
+    @property
+    def kinds(self):
+        return frozenset({Kind.BODY | Kind.SETS if self.announced else Kind.BODY})
+
+    @property
+    def receiver_has_state(self):
+        return self.announced
+
+    def encode(self, grad, state):
+        number = state.get("round", 0)
+        [kind] = self.kinds
+        sign = (-1.0) ** number
+        body = as_bytes((grad * sign).contiguous())
+        decoded = Scaled(dense_from_bytes(body, grad), sign)
+        return Encoding(bytes([kind]), lambda: body, decoded, {"round": number + 1})
+
+    def decode(self, head, body, state, like):
+        number = state.get("round", 0)
+        decoded = Scaled(dense_from_bytes(body, like), (-1.0) ** number)
+        return decoded, {"round": number + 1}
+
+    def forget(self, state):
+        return {}
+
+    def own_state(self, state):
+        return {}
+
+    def sender_state(self, own, held, like):
+        return held
+
+
+def test_a_receivers_state_that_no_payload_announced_is_an_error():
+    compressor, grads = AlternatingSigns(), {"w": torch.arange(4.0)}
+    message = Sender(compressor).compress(grads)
+    rule = r"AlternatingSigns\(\) returned a new state from a payload of kind 1, .* no Kind.SETS"
+    receiver = Receiver(compressor, grads)
+    with pytest.raises(RuntimeError, match=rule):
+        receiver.decompress("worker", message)
+    into = {"w": torch.zeros(4)}
+    with pytest.raises(RuntimeError, match=rule):
+        receiver.accumulate("worker", message, into, 1.0)
+    assert torch.equal(into["w"], torch.zeros(4))
+    assert receiver.senders() == []
+    payload, _, _ = compressor.compress(grads["w"], {})
+    with pytest.raises(RuntimeError, match=rule):
+        compressor.decompress(payload, {}, grads["w"])
+    with pytest.raises(RuntimeError, match=rule):
+        compressor.accumulate(payload, {}, into["w"], 1.0)
+    with pytest.raises(RuntimeError, match=rule):
+        check_laws(compressor, training_run(5), {"AlternatingSigns": AlternatingSigns})
+
+
+def test_a_receivers_state_that_payloads_announce_is_kept():
+    compressor = AlternatingSigns(announced=True)
+    check_laws(compressor, training_run(5), {"AlternatingSigns": AlternatingSigns})
