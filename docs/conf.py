@@ -26,9 +26,14 @@ default_role = "py:obj"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "lbgm_compress"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_sidebars = {"quickstart": [], "choosing": []}
 html_theme_options = {
+    "header_links_before_dropdown": 7,
+    "navbar_persistent": ["search-button"],
     "navigation_with_keys": False,
     "show_prev_next": False,
     "footer_start": ["copyright"],

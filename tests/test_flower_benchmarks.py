@@ -1,9 +1,8 @@
-"""The scripts that measure Flower, and the README's change to an app."""
+"""The scripts that measure Flower."""
 
 from __future__ import annotations
 
 import csv
-import re
 import socket
 import subprocess
 import sys
@@ -14,13 +13,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: it needs Python 3.11")
 
-from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
-
 from benchmarks import flower_memory
 from benchmarks.flower_wire import CountingProxy
-from lbgm_compress import LBGM, TopK
-from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.flower
@@ -84,23 +78,3 @@ def test_server_memory_is_measured_in_a_real_simulation(tmp_path):
 def test_parameters_of_the_memory_benchmark_are_as_many_as_asked_for():
     for count in (1000, 100_000, 123_457):
         assert sum(p.numel() for p in flower_memory.parameters(count).values()) == count
-
-
-def test_change_of_the_readme_is_two_lines_and_their_imports():
-    readme = (ROOT / "README.md").read_text()
-    diffs = [d for d in re.findall(r"```diff\n(.*?)```", readme, re.DOTALL) if "from flwr" in d]
-    made = []
-    for diff in diffs:
-        changed = [line for line in diff.splitlines() if line[:1] in ("+", "-")]
-        assert len([line for line in changed if "import" not in line]) == 2
-        for sign in "-+":
-            lines = [line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign)]
-            names: dict[str, object] = {}
-            exec("\n".join(lines), names)
-            made.append(names)
-    plain_client, client, plain_server, server = made
-    assert isinstance(plain_client["app"], ClientApp)
-    assert client["app"]._mods == [compression_mod]
-    assert isinstance(plain_server["strategy"], FedAvg)
-    assert isinstance(server["strategy"], CompressedStrategy)
-    assert server["strategy"].compressor == LBGM(TopK(0.01))

@@ -36,6 +36,11 @@ def test_public_names_are_pinned():
         assert getattr(lbgm_compress, name).__doc__
 
 
+def test_citation_is_of_this_version():
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {lbgm_compress.__version__}" in lines
+
+
 def test_importing_the_package_imports_no_engine_and_no_benchmark_library():
     code = (
         "import sys, lbgm_compress; "
@@ -93,10 +98,3 @@ print("round trip")
         [sys.executable, "-c", code, str(target)], cwd=tmp_path, env=environment, **run
     )
     assert found.stdout.strip() == "round trip"
-
-
-def test_readme_code_runs():
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    assert blocks
-    for block in blocks:
-        exec(compile(block.split("```")[0], "README.md", "exec"), {})
