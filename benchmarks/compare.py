@@ -1,7 +1,7 @@
-"""Compare uplink bytes and accuracy of gradient compressors, on real data, with real messages.
+"""Measure uplink bytes and accuracy of gradient compressors in training.
 
-Every method trains the same model from the same start, with the same workers, data order and
-sampling of workers; what a round costs is what the workers' messages weigh.
+Every method trains the same model from the same initial parameters, with the same workers, order of
+data and sampling of workers. The uplink of a round is the size of its messages in bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import lbgm_compress
 from benchmarks.common.command_line import (
     INTERRUPTED,
     Parser,
     add_data_and_model,
+    add_methods,
     check_common,
     check_folder,
     number_in,
     positive,
+    read_methods,
+    start,
 )
 from benchmarks.common.data import DatasetMissing, load
 from benchmarks.common.engines.running import ENGINES, EngineError, check_engine, running
@@ -48,6 +50,7 @@ from benchmarks.common.report import (
     write_files,
     write_rounds,
 )
+from benchmarks.common.tables import console, make_table
 from benchmarks.common.training import Round, Training, run
 from lbgm_compress import (
     LBGM,
@@ -61,9 +64,8 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress._util.units import human_bytes
-from lbgm_compress.compressors.parse import parse_compressors
 
-# Options that only shape the default methods, with their defaults.
+# Options of the default methods, and their defaults.
 METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}
 
 
@@ -74,16 +76,16 @@ def batch_size(text: str) -> int | None:
 
 def build_parser() -> Parser:
     """Build the command line."""
-    parser = Parser("compare.py", __doc__.split("\n\n")[0])
+    parser = Parser("compare.py", __doc__)
     add = parser.add_argument
     add_data_and_model(parser)
     add(
         "--engine",
         choices=("process", *ENGINES),
         default="process",
-        help="what moves the messages: this process alone, or a real engine: "
-        "DistributedDataParallel or Horovod on gloo, with a process for each worker, or Flower's "
-        "simulation (default: process)",
+        help="engine that moves the messages: process (this process alone), ddp "
+        "(DistributedDataParallel) or horovod, both on gloo with a process for each worker, or "
+        "flower (Flower's simulation) (default: process)",
     )
     add("--workers", type=positive, default=20, metavar="K", help="number of workers (default: 20)")
     add("--rounds", type=positive, default=200, metavar="N", help="rounds (default: 200)")
@@ -97,7 +99,7 @@ def build_parser() -> Parser:
         "--images",
         type=positive,
         metavar="N",
-        help="training images of a worker, at most (default: all that its part has)",
+        help="training images of a worker, at most (default: all of its part)",
     )
     add(
         "--local-steps",
@@ -158,23 +160,22 @@ def build_parser() -> Parser:
     shaping.add_argument(
         "--error-feedback",
         action="store_true",
-        help="carry over what compression loses: ErrorFeedback(C) in the place of TopK, Atomo and "
-        "SignSGD, and LBGM(ErrorFeedback(C)) in the place of LBGM(C) (default: off)",
+        help="add what compression lost to the next gradient: ErrorFeedback(C) in place of TopK, "
+        "Atomo and SignSGD, LBGM(ErrorFeedback(C)) in place of LBGM(C) (default: off)",
     )
-    add(
-        "--methods",
-        metavar="LIST",
-        help="compressors to compare, comma-separated, as in Python, for example 'TopK(0.01), "
-        "LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)' (default: Identity, TopK, Atomo and "
-        "SignSGD(scaled=True), alone and under LBGM, and ErrorFeedback(LookBackSubspace()); signs "
-        "are scaled because plain ones would need a learning rate of their own)",
+    add_methods(
+        parser,
+        "Identity, TopK, Atomo and SignSGD(scaled=True), alone and under LBGM, and "
+        "ErrorFeedback(LookBackSubspace()); signs are scaled because plain ones would need a "
+        "learning rate of their own",
+        "; with --engine ddp also its own Dense(), Float16() and PowerSGD(RANK)",
     )
     add(
         "--target-accuracy",
         type=number_in(0, 1),
         metavar="SHARE",
-        help="test accuracy, 0 to 1, to count bytes until (default: that of Identity() at the end, "
-        "minus 0.005)",
+        help="test accuracy, 0 to 1, up to which bytes are counted (default: the final accuracy of "
+        "Identity(), minus 0.005)",
     )
     add(
         "--test-images",
@@ -187,20 +188,21 @@ def build_parser() -> Parser:
         type=positive,
         default=1,
         metavar="N",
-        help="rounds between evaluations; those between repeat the last one (default: 1)",
+        help="rounds from one evaluation to the next; rounds between repeat its accuracy "
+        "(default: 1)",
     )
     add(
         "--average",
         type=positive,
         default=1,
         metavar="N",
-        help="evaluations at the end whose mean is the final accuracy (default: 1)",
+        help="the final accuracy is the mean of the last N evaluations (default: 1)",
     )
     add(
         "--open-loop",
         action="store_true",
-        help="train without compression, and only weigh the messages that each method would send "
-        "on the way (default: off)",
+        help="train without compression, and measure only the messages that each method would "
+        "send (default: off)",
     )
     add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add("--device", default="cpu", help="cpu or cuda, where training runs (default: cpu)")
@@ -255,27 +257,23 @@ def methods_of(options: argparse.Namespace) -> list[Compressor]:
         raise ValueError(
             f"--{shaping[0]} shapes the default methods: with --methods, write it into the list"
         )
-    methods = parse_compressors(options.methods)
-    for i, method in enumerate(methods):
-        if method in methods[:i]:
-            raise ValueError(f"--methods names {method!r} twice")
-    return methods
+    return read_methods(options.methods, options.known)
 
 
 def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Path]:
-    """Check everything that can be wrong before training starts.
+    """Check all options, and return the methods, the training and the folder.
 
     Raises
     ------
     ValueError
-        Whose message is one line.
+        If something is wrong; the message is one line.
     """
     methods = methods_of(options)
     check_common(options)
-    check_engine(options.engine, options.participation, options.device)
+    check_engine(options.engine, methods, options.participation, options.device)
     if options.open_loop and options.engine != "process":
         raise ValueError(f"--open-loop is for --engine process, and --engine is {options.engine}")
-    # All data sets here have ten classes, so that this need not wait for them.
+    # All data sets have ten classes: a wrong scheme is found before they are loaded.
     check_scheme(options.partition, classes=10)
     folder = Path(options.out)
     check_folder(folder)
@@ -311,25 +309,32 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
 
 
 def dense_bytes_a_round(training: Training) -> int:
-    """Return what all sampled workers' messages weigh without compression."""
+    """Return the size of all sampled workers' messages without compression."""
     weights = parameters(training.initial_model())
     return Sender(Identity()).compress(weights).numel() * training.sampled()
 
 
 @contextlib.contextmanager
-def runner(engine: str, training: Training) -> Iterator[Callable[[Compressor], Iterator[Round]]]:
-    """Give what trains with a compressor and yields the rounds."""
+def runner(
+    engine: str, training: Training, known: Sequence[str]
+) -> Iterator[Callable[[Compressor], Iterator[Round]]]:
+    """Yield a function that trains with a compressor and yields the rounds."""
     if engine == "process":
         yield lambda compressor: run(training, compressor)
         return
-    with running(engine, training) as started:
+    with running(engine, training, known) as started:
         yield started.run
 
 
 def train(
-    methods: Iterable[Compressor], training: Training, folder: Path, console: Console, engine: str
+    methods: Iterable[Compressor],
+    training: Training,
+    folder: Path,
+    console: Console,
+    engine: str,
+    known: Sequence[str] = (),
 ) -> tuple[list[MethodResult], bool]:
-    """Run all methods and return their rounds, and whether Ctrl-C cut them short."""
+    """Run all methods; return their rounds, and True if a keyboard interrupt ended them."""
     results = [MethodResult(method, training.rounds) for method in methods]
     progress = Progress(
         TextColumn("{task.fields[which]}"),
@@ -344,7 +349,7 @@ def train(
     )
     fields = {"which": "", "round": 0, "rounds": training.rounds, "accuracy": "-", "uplink": "-"}
     try:
-        with runner(engine, training) as rounds_of, progress:
+        with runner(engine, training, known) as rounds_of, progress:
             task = progress.add_task("", total=len(results) * training.rounds, **fields)
             for number, result in enumerate(results, start=1):
                 which = f"{number}/{len(results)} {result.name}"
@@ -369,20 +374,8 @@ def train(
     return results, False
 
 
-def table_of(rows: list[dict[str, Any]], target: float | None) -> Table:
-    """Lay out the summary."""
-    table = Table(title="Uplink bytes against accuracy")
-    first, *others = headings(rows, target)
-    table.add_column(first, no_wrap=True)
-    for heading in others:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
-
-
 def target_of(options: argparse.Namespace, results: list[MethodResult]) -> float | None:
-    """Return the accuracy to count bytes until."""
+    """Return the accuracy up to which bytes are counted, if there is one."""
     if options.target_accuracy is not None:
         return float(options.target_accuracy)
     for result in results:
@@ -392,7 +385,7 @@ def target_of(options: argparse.Namespace, results: list[MethodResult]) -> float
 
 
 def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return every option by name, with the values that took effect."""
+    """Return every option by name, with the value that took effect."""
     values = dict(vars(options))
     if options.batch_size is None:
         values["batch_size"] = "full"
@@ -400,13 +393,15 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
         for name, default in METHOD_OPTIONS.items():
             values[name] = default if values[name] is None else values[name]
     values["methods"] = ", ".join(map(repr, methods_of(options)))
+    if not options.known:
+        del values["known"]
     return {name.replace("_", "-"): value for name, value in values.items() if value is not None}
 
 
 def about(
     options: argparse.Namespace, target: float | None, interrupted: bool, arguments: list[str]
 ) -> dict[str, Any]:
-    """Return what was run, with what."""
+    """Return the part of summary.json beside the methods: title, options and versions."""
     batch = "all" if options.batch_size is None else options.batch_size
     steps = f"{options.local_steps} local step" + ("s" if options.local_steps > 1 else "")
     sampled = "" if options.participation == 1 else f", {options.participation:.0%} a round"
@@ -441,25 +436,30 @@ def main(arguments: list[str]) -> int:
         methods, training, folder = prepare(options)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    printer = console()
     try:
-        results, interrupted = train(methods, training, folder, console, options.engine)
+        results, interrupted = train(
+            methods, training, folder, printer, options.engine, options.known
+        )
     except EngineError as error:
         print(f"{parser.prog}: error: --engine {options.engine}: {error}", file=sys.stderr)
         return 1
     target = target_of(options, results)
     rows = summarise(results, dense_bytes_a_round(training), target, options.average)
     write_files(folder, results, rows, about(options, target, interrupted, arguments))
-    console.print(table_of(rows, target))
-    console.print(f"Results are in {folder}: open {folder / 'report.html'}", soft_wrap=True)
+    table = make_table(
+        "Uplink bytes against accuracy",
+        headings(rows, target),
+        [cells(row) for row in rows],
+        whole="method",
+    )
+    printer.print(table)
+    printer.print(f"Results are in {folder}: open {folder / 'report.html'}", soft_wrap=True)
     if interrupted:
-        console.print("Interrupted: the files hold what had finished by then.")
+        printer.print("Interrupted: the files hold the finished rounds.")
         return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    start(main)

@@ -1,13 +1,13 @@
-"""Measure how long compressors take for the gradients of ResNet-50, beside what else one would do.
+"""Measure how long compressors take for the 161 gradients of ResNet-50.
 
-The peers are measured in the same run and in turns with what is compared, so that a busy machine
-slows both: one read of the gradients and the look-back gradients, which is the least that an angle
-can cost, and `torch.topk` on every tensor with int64 indices, which is how GRACE selects.
+Times are medians in ms on the CPU, and ratios to peers that are measured in the same run and in
+turns, so that a busy machine slows both. The peers are one read of the gradients and the look-back
+gradients, which is the least that an angle can cost; `torch.topk` on every tensor with int64
+indices, as GRACE selects; and torch's PowerSGD hook.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
 import statistics
 import sys
@@ -21,14 +21,14 @@ if not __package__:  # run as a script
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
-from benchmarks.common.command_line import Parser, check_file
+from benchmarks.common.baselines import PowerSGD
+from benchmarks.common.command_line import Parser, check_file, positive, start
 from benchmarks.common.shapes import resnet50_shapes
+from benchmarks.common.tables import console, make_table, write_csv
 from lbgm_compress import (
     LBGM,
     Atomo,
@@ -51,19 +51,17 @@ Step = Callable[[], object]
 
 
 class Row(NamedTuple):
-    """How long something took, in ms (medians), and against what it is held."""
+    """The times of one method, in ms (medians)."""
 
     what: str
     encode: float
     decode: float | None
+    """None if encoding and decoding are one call."""
     peer: str
     ratio: float | None
+    """Encoding and decoding together, divided by the peer's."""
     bound: float | None
-
-    @property
-    def total(self) -> float:
-        """Encoding and decoding together."""
-        return self.encode + (self.decode or 0.0)
+    """The largest ratio that is good enough."""
 
 
 def flat_gradients(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,7 +77,7 @@ def flat_gradients(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def topk_encode(gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Select as GRACE does."""
+    """Return values and indices of the largest entries, selected as GRACE does."""
     selected = []
     for gradient in gradients:
         flat = gradient.reshape(-1)
@@ -90,7 +88,7 @@ def topk_encode(gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def topk_decode(selected: Sequence[tuple[Tensor, Tensor]], like: Sequence[Tensor]) -> list[Tensor]:
-    """Make the selection dense again."""
+    """Return the selections as dense tensors."""
     dense = []
     for (values, indices), gradient in zip(selected, like, strict=True):
         flat = torch.zeros(gradient.numel())
@@ -100,7 +98,7 @@ def topk_decode(selected: Sequence[tuple[Tensor, Tensor]], like: Sequence[Tensor
 
 
 def measure(steps: dict[str, Step], repeats: int, advance: Callable[[], None]) -> dict[str, float]:
-    """Run all steps in turns and return the median of each, in ms."""
+    """Run all steps in turns, and return the median time of each in ms."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -119,12 +117,12 @@ def measure(steps: dict[str, Step], repeats: int, advance: Callable[[], None]) -
 
 
 def angles(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
-    """Measure LBGM's angle test, alone and within a round that recycles every tensor."""
+    """Measure LBGM's decision, alone and within a round that recycles every tensor."""
     flat, gradients = flat_gradients(seed)
     noise, _ = flat_gradients(seed + 1)
     sender, receiver = Sender(LBGM()), Receiver(LBGM(), like=gradients)
     receiver.decompress("worker", sender.compress(gradients))
-    # Close enough to what was sent to be recycled, and other memory.
+    # Near enough to the sent gradients to be recycled, and in other memory.
     noise.mul_(0.1).add_(flat)
     near = {
         name: part.view_as(gradient)
@@ -134,12 +132,11 @@ def angles(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
     }
     held = sender.state_dict()["tensors"]
     states = [held[name]["state"] for name in gradients]
-    kept = [state["look_back"] for state in states]
     look_backs = [LookBack(state["look_back"], state["square_norm"]) for state in states]
     decoded = [Dense(near[name]) for name in gradients]
     message = sender.compress(near)
     steps: dict[str, Step] = {
-        READ: lambda: (noise.sum(), [tensor.sum() for tensor in kept]),
+        READ: lambda: (noise.sum(), [look_back.gradient.sum() for look_back in look_backs]),
         "angle": lambda: LBGM(delta=0.2).decide(decoded, look_backs),
         "encode": lambda: sender.compress(near),
         "decode": lambda: receiver.decompress("worker", message),
@@ -190,7 +187,7 @@ def add_steps(
     gradients: dict[str, Tensor],
     others: dict[str, Tensor],
 ) -> None:
-    """Add a full round's encoding and decoding; gradients alternate, so that none is recycled."""
+    """Add encoding and decoding of a full round, with alternating gradients: none is recycled."""
     sender, receiver = Sender(compressor), Receiver(compressor, like=gradients)
     latest = {"message": sender.compress(others)}
     turn = [gradients, others]
@@ -211,7 +208,7 @@ def add_subspace_steps(
     gradients: dict[str, Tensor],
     others: dict[str, Tensor],
 ) -> None:
-    """Add encoding and decoding as training does them: round after round, gradients alternate."""
+    """Add encoding and decoding in consecutive rounds, with alternating gradients."""
     sender, receiver = Sender(compressor), Receiver(compressor, like=gradients)
     receiver.decompress("worker", sender.compress(gradients))
     latest: dict[str, Tensor] = {}
@@ -229,7 +226,7 @@ def add_subspace_steps(
 
 
 def factors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
-    """Measure a few singular triplets of every tensor."""
+    """Measure two singular triplets of every tensor."""
     _, gradients = flat_gradients(seed)
     sender, receiver = Sender(Atomo(2)), Receiver(Atomo(2), like=gradients)
     message = sender.compress(gradients)
@@ -245,12 +242,12 @@ def factors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
 
 
 def power_name(rank: int) -> str:
-    """Name the peer of look-back subspaces."""
+    """Return the name of the peer of look-back subspaces."""
     return f"torch's PowerSGD hook, rank {rank}"
 
 
 class Bucket:
-    """What a communication hook asks of a bucket of gradients."""
+    """A bucket of gradients, with the methods that a communication hook calls."""
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         self.flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -270,10 +267,24 @@ class Bucket:
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
+def power_step(rank: int, gradients: Sequence[Tensor]) -> Step:
+    """Return a call of torch's PowerSGD hook, after its dense steps."""
+    hook, bucket = PowerSGD(rank).hook(), Bucket(gradients)
+    assert hook is not None
+    state, function = hook
+
+    def step() -> None:
+        function(state, bucket).wait()
+
+    for _ in range(PowerSGD.DENSE_STEPS):
+        step()
+    return step
+
+
 def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
     """Measure look-back subspaces beside torch's PowerSGD of the same rank.
 
-    Both feed errors back, and both encode and decode. PowerSGD's hook runs in a process group of
+    Both have error feedback, and both encode and decode. PowerSGD's hook runs in a process group of
     one, in which nothing has to be exchanged.
     """
     _, gradients = flat_gradients(seed)
@@ -281,18 +292,8 @@ def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]
     steps: dict[str, Step] = {}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for rank in RANKS:
-        state = powerSGD_hook.PowerSGDState(
-            None, matrix_approximation_rank=rank, start_powerSGD_iter=2
-        )
-        bucket = Bucket(list(gradients.values()))
-
-        def power(state: powerSGD_hook.PowerSGDState = state, bucket: Bucket = bucket) -> None:
-            powerSGD_hook.powerSGD_hook(state, bucket).wait()
-
-        for _ in range(2):
-            power()
-        steps[power_name(rank)] = power
-        # Replaces a direction in every round, or in none.
+        steps[power_name(rank)] = power_step(rank, list(gradients.values()))
+        # A direction is replaced in every round, or in none.
         for delta in (0.0, 1.0):
             compressor = ErrorFeedback(LookBackSubspace(rank, delta))
             add_subspace_steps(steps, compressor, gradients, others)
@@ -309,51 +310,59 @@ def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]
     return rows
 
 
-def write_csv(file: Path, rows: Sequence[Row]) -> None:
-    """Write a row for each thing that was measured."""
-    with file.open("w", newline="") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("what", "encode_ms", "decode_ms", "peer", "ratio_to_peer", "bound"))
-        for row in rows:
-            decode = "" if row.decode is None else f"{row.decode:.3f}"
-            ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-            bound = "" if row.bound is None else row.bound
-            writer.writerow((row.what, f"{row.encode:.3f}", decode, row.peer, ratio, bound))
+def csv_rows(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    """Return the rows of the CSV file."""
+    return [
+        (
+            row.what,
+            f"{row.encode:.3f}",
+            "" if row.decode is None else f"{row.decode:.3f}",
+            row.peer,
+            "" if row.ratio is None else f"{row.ratio:.3f}",
+            "" if row.bound is None else row.bound,
+        )
+        for row in rows
+    ]
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """Lay out the rows."""
-    table = Table(title=f"ResNet-50, 161 tensors, float32, {torch.get_num_threads()} threads")
-    table.add_column("what")
-    for head in ("encode ms", "decode ms", "ratio", "bound"):
-        table.add_column(head, justify="right")
-    table.add_column("ratio to")
-    for row in rows:
-        decode = "" if row.decode is None else f"{row.decode:.1f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        bound = "" if row.bound is None else f"{row.bound:.1f}"
-        missed = row.ratio is not None and row.bound is not None and row.ratio > row.bound
-        table.add_row(
+    """Return the rows as a table; a broken bound is red."""
+    cells = [
+        (
             row.what,
             f"{row.encode:.1f}",
-            decode,
-            ratio,
-            bound,
+            "" if row.decode is None else f"{row.decode:.1f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if row.bound is None else f"{row.bound:.1f}",
             row.peer,
-            style="red" if missed else None,
         )
-    return table
+        for row in rows
+    ]
+    broken = [
+        position
+        for position, row in enumerate(rows)
+        if row.ratio is not None and row.bound is not None and row.ratio > row.bound
+    ]
+    return make_table(
+        f"ResNet-50, 161 tensors, float32, {torch.get_num_threads()} threads",
+        ("what", "encode ms", "decode ms", "ratio", "bound", "ratio to"),
+        cells,
+        left=("ratio to",),
+        red=broken,
+    )
 
 
 def build_parser() -> Parser:
-    """Build the command line."""
-    parser = Parser(
-        "encode.py",
-        "Measure how long compressors take for the 161 gradients of ResNet-50 on the "
-        "CPU, as medians in ms and as ratios to peers measured in the same run.",
-    )
+    """Return the parser of the command line."""
+    parser = Parser("encode.py", __doc__)
     add = parser.add_argument
-    add("--repeats", type=int, default=15, metavar="N", help="measurements of each (default: 15)")
+    add(
+        "--repeats",
+        type=positive,
+        default=15,
+        metavar="N",
+        help="measurements of each (default: 15)",
+    )
     add("--seed", type=int, default=0, help="seed of the gradients (default: 0)")
     add(
         "--out",
@@ -369,24 +378,23 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats} is not a whole number of at least 1")
     try:
         check_file(options.out)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    printer = console()
     parts = (angles, selections, factors, subspaces)
     rows: list[Row] = []
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(console=printer, disable=not printer.is_terminal, transient=True) as progress:
         task = progress.add_task("measuring times", total=len(parts) * options.repeats)
         for part in parts:
             rows += part(options.seed, options.repeats, lambda: progress.advance(task))
-    write_csv(options.out, rows)
-    console.print(table_of(rows))
-    console.print(f"Written to {options.out}.", soft_wrap=True)
+    columns = ("what", "encode_ms", "decode_ms", "peer", "ratio_to_peer", "bound")
+    write_csv(options.out, columns, csv_rows(rows))
+    printer.print(table_of(rows))
+    printer.print(f"Written to {options.out}.", soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main)

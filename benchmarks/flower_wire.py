@@ -1,12 +1,11 @@
-"""What a training in Flower sends over the network: payloads, and all bytes through a proxy.
+"""Measure the bytes that Flower sends: payloads, and all on the network.
 
-A SuperLink and SuperNodes run on this machine; the SuperNodes reach the SuperLink through a proxy
-that counts. Each compressor trains `examples/flower_app`.
+A SuperLink and SuperNodes run on this machine. The SuperNodes reach the SuperLink through a proxy
+that counts bytes. Each method trains `examples/flower_app`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import socket
 import statistics
@@ -20,20 +19,20 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.command_line import Parser, check_folder, positive
+from benchmarks.common.command_line import Parser, check_folder, positive, read_methods, start
 from benchmarks.common.engines.flower_processes import Federation, federation, free_port
-from lbgm_compress.compressors.parse import parse_compressors
+from benchmarks.common.processes import ROOT
+from benchmarks.common.tables import console, make_table, write_csv
 
-APP = Path(__file__).parent.parent / "examples" / "flower_app"
+APP = ROOT / "examples" / "flower_app"
 METHODS = "Identity(), LBGM(), TopK(0.01), LBGM(TopK(0.01))"
 BLOCK = 1 << 16
 
 
 class CountingProxy:
-    """Passes TCP connections on, and counts their bytes; use it as a context."""
+    """A context that passes TCP connections on to a port, and counts their bytes."""
 
     def __init__(self, port: int) -> None:
         self.target = port
@@ -80,7 +79,7 @@ class CountingProxy:
 def rounds_of(
     running: Federation, proxy: CountingProxy, method: str, options: Any
 ) -> list[dict[str, Any]]:
-    """Train with one compressor; return what each round sent, a client."""
+    """Train with one compressor, and return the bytes of each round for one client."""
     with tempfile.TemporaryDirectory() as out:
         config = {
             "out": out,
@@ -116,23 +115,70 @@ def rounds_of(
         return rounds
 
 
+def table_of(rows: list[dict[str, Any]], rounds: int) -> Table:
+    """Return a table of the methods' means."""
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        # The first round also carries the app to the clients.
+        later = [row for row in rows if row["method"] == method and row["round"] > 1]
+        mean = {k: statistics.fmean(row[k] for row in later) for k in later[0] if k != "method"}
+        cells.append(
+            (
+                method,
+                *(f"{mean[name] / 1000:.4g}" for name in ("payload", "wire_up", "wire_down")),
+                f"{mean['recycled_share']:.0%}",
+                f"{later[-1]['accuracy']:.1%}",
+            )
+        )
+    return make_table(
+        f"kB a round and client, mean of rounds 2 to {rounds}",
+        ("method", "payload", "uplink on the wire", "downlink", "recycled", "accuracy"),
+        cells,
+        whole="method",
+    )
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser("flower_wire.py", __doc__)
+    add = parser.add_argument
+    add(
+        "--methods",
+        metavar="LIST",
+        default=METHODS,
+        help=f"compressors to compare, comma-separated, as in Python (default: {METHODS})",
+    )
+    add("--clients", type=positive, default=3, metavar="K", help="SuperNodes (default: 3)")
+    add("--rounds", type=positive, default=8, metavar="N", help="rounds, at least 2 (default: 8)")
+    add(
+        "--hidden",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="hidden units of the model (default: 4096, a model of 1.23 MB)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("flower-wire-results"),
+        metavar="DIR",
+        help="folder of flower_wire.csv (default: flower-wire-results)",
+    )
+    return parser
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    parser = Parser("flower_wire.py", (__doc__ or "").split("\n\n")[0])
-    add = parser.add_argument
-    add("--methods", default=METHODS, help=f"compressors (default: {METHODS})")
-    add("--clients", type=positive, default=3, metavar="K", help="SuperNodes (default: 3)")
-    add("--rounds", type=positive, default=8, metavar="N", help="rounds (default: 8)")
-    add("--hidden", type=positive, default=4096, help="hidden units (default: 4096, 1.23 MB)")
-    add("--out", default="flower-wire-results", metavar="DIR", help="folder for flower_wire.csv")
+    parser = build_parser()
     options = parser.parse_args(arguments)
-    folder = Path(options.out)
     try:
-        methods = [repr(method) for method in parse_compressors(options.methods)]
-        check_folder(folder)
+        methods = [repr(method) for method in read_methods(options.methods, baselines=False)]
+        if options.rounds < 2:
+            raise ValueError("--rounds starts at 2: the first round also carries the app")
+        check_folder(options.out)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    printer = console()
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory() as home,
@@ -142,29 +188,12 @@ def main(arguments: list[str]) -> int:
         for partition in range(options.clients):
             running.supernode(partition, options.clients, through=proxy.port)
         for method in methods:
-            with console.status(method):
+            with printer.status(method):
                 rows += rounds_of(running, proxy, method, options)
-    with (folder / "flower_wire.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    table = Table(title=f"kB a round and client, mean of rounds 2 to {options.rounds}")
-    headings = ("method", "payload", "uplink on the wire", "downlink", "recycled", "accuracy")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method in methods:
-        # The first round also carries the app to the clients.
-        of = [row for row in rows if row["method"] == method and row["round"] > 1]
-        mean = {k: statistics.fmean(row[k] for row in of) for k in of[0] if k != "method"}
-        table.add_row(
-            method,
-            *(f"{mean[name] / 1000:.4g}" for name in ("payload", "wire_up", "wire_down")),
-            f"{mean['recycled_share']:.0%}",
-            f"{of[-1]['accuracy']:.1%}",
-        )
-    console.print(table)
+    write_csv(options.out / "flower_wire.csv", list(rows[0]), [row.values() for row in rows])
+    printer.print(table_of(rows, options.rounds))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main)

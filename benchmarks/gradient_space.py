@@ -1,4 +1,4 @@
-"""Count the directions that the gradients of a training span, epoch by epoch.
+"""Measure how many directions the gradients of training span.
 
 One model is trained on all images by mini-batch SGD with momentum. The gradient of an epoch is the
 sum of the gradients of its steps, as in arXiv 2202.00280, section 2.
@@ -37,16 +37,18 @@ from benchmarks.common.command_line import (
     check_folder,
     number_in,
     positive,
+    start,
 )
 from benchmarks.common.data import Dataset, DatasetMissing, load
 from benchmarks.common.models import build
+from benchmarks.common.tables import console, make_table
 from benchmarks.common.training import evaluate
 from lbgm_compress._util.files import atomic_write
 from lbgm_compress.analysis import GradientSpace
 
 
 class Epoch(NamedTuple):
-    """What an epoch ended with, on the test images."""
+    """The test accuracy and loss after an epoch."""
 
     accuracy: float
     loss: float
@@ -54,7 +56,7 @@ class Epoch(NamedTuple):
 
 
 class Diverged(Exception):
-    """A gradient has inf or nan; the message names the epoch."""
+    """Raised if a gradient has inf or nan; the message names the epoch."""
 
 
 def limited(dataset: Dataset, images: int | None, test_images: int | None, seed: int) -> Dataset:
@@ -106,7 +108,7 @@ def train(
 
 
 def rows_of(space: GradientSpace) -> list[dict[str, Any]]:
-    """Return for the whole gradient, and for each layer, how many directions it spans."""
+    """Return the numbers of directions of the whole gradient and of each layer."""
     return [
         {
             "layer": "whole" if layer is None else layer,
@@ -119,41 +121,37 @@ def rows_of(space: GradientSpace) -> list[dict[str, Any]]:
 
 
 def history_table(space: GradientSpace, epochs: list[Epoch]) -> Table:
-    """Lay out ten epochs, or all of fewer."""
-    table = Table()
-    for head in ("epochs", "accuracy", "N95", "N99"):
-        table.add_column(head, justify="right")
+    """Return a table of ten epochs, or of all if there are fewer."""
     histories = space.history(0.95), space.history(0.99)
     count = len(space)
     shown = sorted({math.ceil(count * i / 10) for i in range(1, 11)})
-    for t in shown:
-        counts = [str(history[t - 1]) for history in histories]
-        table.add_row(str(t), f"{epochs[t - 1].accuracy:.2%}", *counts)
-    return table
+    cells = [
+        (str(t), f"{epochs[t - 1].accuracy:.2%}", *(str(history[t - 1]) for history in histories))
+        for t in shown
+    ]
+    return make_table(None, ("epochs", "accuracy", "N95", "N99"), cells)
 
 
 def sizes_of(options: argparse.Namespace, dataset: Dataset) -> dict[str, int]:
-    """Return how many entries each tensor of the model has."""
+    """Return the number of entries of each tensor of the model."""
     image = tuple(dataset.train_images.shape[1:])
     model = build(options.model, image, dataset.classes, options.seed)
     return {name: weight.numel() for name, weight in model.named_parameters()}
 
 
 def layers_table(rows: list[dict[str, Any]], sizes: dict[str, int], epochs: int) -> Table:
-    """Lay out the whole gradient and the layers."""
-    table = Table(title=f"Of {epochs} gradients")
-    table.add_column("layer", no_wrap=True)
-    for head in ("entries", "N95", "N99", "rank"):
-        table.add_column(head, justify="right")
+    """Return a table of the whole gradient and the layers."""
+    cells = []
     for row in rows:
         entries = sizes.get(row["layer"], sum(sizes.values()))
         counts = [str(row[name]) for name in ("n95", "n99", "rank")]
-        table.add_row(row["layer"], f"{entries:,}", *counts)
-    return table
+        cells.append((row["layer"], f"{entries:,}", *counts))
+    headings = ("layer", "entries", "N95", "N99", "rank")
+    return make_table(f"Of {epochs} gradients", headings, cells, whole="layer")
 
 
 def title_of(options: argparse.Namespace, dataset: Dataset) -> str:
-    """Return what was trained."""
+    """Return a description of the training."""
     projected = "" if options.projection is None else f", projected on {options.projection}"
     return (
         f"{options.dataset}, {options.model}, {len(dataset.train_labels):,} images, batches of "
@@ -165,7 +163,7 @@ def title_of(options: argparse.Namespace, dataset: Dataset) -> str:
 def summary(
     options: argparse.Namespace, arguments: list[str], space: GradientSpace, epochs: list[Epoch]
 ) -> dict[str, Any]:
-    """Return what was run, with what, and what came of it."""
+    """Return the contents of summary.json: options, versions and results."""
     return {
         "command": shlex.join(["python", "benchmarks/gradient_space.py", *arguments]),
         "arguments": {
@@ -208,8 +206,8 @@ def write(
 
 
 def build_parser() -> Parser:
-    """Build the command line."""
-    parser = Parser("gradient_space.py", __doc__.split("\n\n")[0])
+    """Return the parser of the command line."""
+    parser = Parser("gradient_space.py", __doc__)
     add = parser.add_argument
     add_data_and_model(parser)
     add("--epochs", type=positive, default=50, metavar="T", help="epochs (default: 50)")
@@ -238,14 +236,14 @@ def build_parser() -> Parser:
     add(
         "--per-layer",
         action="store_true",
-        help="look at each tensor of the model, too (default: at the whole gradient)",
+        help="measure each tensor of the model, too (default: the whole gradient only)",
     )
     add(
         "--projection",
         type=positive,
         metavar="D",
-        help="keep D numbers of each gradient, of each layer's with --per-layer, in memory "
-        "(default: all of them, in a file in the folder of --out until the end)",
+        help="keep D numbers of each gradient (with --per-layer: of each layer of it) in memory "
+        "(default: keep all numbers, in a file in the folder of --out until the end)",
     )
     add("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add("--device", default="cpu", help="cpu or cuda, where training runs (default: cpu)")
@@ -260,12 +258,12 @@ def build_parser() -> Parser:
 
 
 def prepare(options: argparse.Namespace) -> Dataset:
-    """Check everything that can be wrong before training starts.
+    """Check all options, and return the images to train with.
 
     Raises
     ------
     ValueError
-        Whose message is one line.
+        If something is wrong; the message is one line.
     """
     check_common(options)
     try:
@@ -282,7 +280,7 @@ def prepare(options: argparse.Namespace) -> Dataset:
 
 @contextlib.contextmanager
 def space_of(options: argparse.Namespace) -> Iterator[GradientSpace]:
-    """Give what takes the gradients; a file of them is there until the end."""
+    """Yield an empty space for the gradients; its file, if it has one, is removed at the end."""
     if options.projection is not None:
         yield GradientSpace(
             per_layer=options.per_layer, projection=options.projection, seed=options.seed
@@ -293,9 +291,9 @@ def space_of(options: argparse.Namespace) -> Iterator[GradientSpace]:
 
 
 def collect(
-    options: argparse.Namespace, dataset: Dataset, space: GradientSpace, console: Console
+    options: argparse.Namespace, dataset: Dataset, space: GradientSpace, printer: Console
 ) -> tuple[list[Epoch], BaseException | None]:
-    """Train, fill the space, and return the epochs, and what cut them short."""
+    """Train and fill the space; return the epochs, and the exception that ended them, if any."""
     epochs: list[Epoch] = []
     progress = Progress(
         TextColumn("epoch {task.completed}/{task.total}"),
@@ -303,8 +301,8 @@ def collect(
         TextColumn("accuracy {task.fields[accuracy]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
+        console=printer,
+        disable=not printer.is_terminal,
     )
     try:
         with progress:
@@ -313,8 +311,8 @@ def collect(
                 epochs.append(epoch)
                 space.add(gradient)
                 progress.update(task, advance=1, accuracy=f"{epoch.accuracy:.2%}")
-                if not console.is_terminal:
-                    console.print(f"epoch {len(epochs)}/{options.epochs}: {epoch.accuracy:.2%}")
+                if not printer.is_terminal:
+                    printer.print(f"epoch {len(epochs)}/{options.epochs}: {epoch.accuracy:.2%}")
     except (KeyboardInterrupt, Diverged, OSError) as error:
         return epochs[: len(space)], error
     return epochs, None
@@ -328,27 +326,24 @@ def main(arguments: list[str]) -> int:
         dataset = prepare(options)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    printer = console()
     with space_of(options) as space:
-        epochs, stopped = collect(options, dataset, space, console)
+        epochs, stopped = collect(options, dataset, space, printer)
         if epochs:
             title = title_of(options, dataset)
             write(options.out, options, arguments, space, epochs, title)
-            console.print(title, history_table(space, epochs), sep="\n")
-            console.print(layers_table(rows_of(space), sizes_of(options, dataset), len(epochs)))
-            console.print(f"Results are in {options.out}.", soft_wrap=True)
+            printer.print(title, history_table(space, epochs), sep="\n")
+            printer.print(layers_table(rows_of(space), sizes_of(options, dataset), len(epochs)))
+            printer.print(f"Results are in {options.out}.", soft_wrap=True)
     if stopped is None:
         return 0
     kept = f"the files hold {len(epochs)} epochs" if epochs else "no epoch was finished"
     if isinstance(stopped, KeyboardInterrupt):
-        console.print(f"Interrupted: {kept}.")
+        printer.print(f"Interrupted: {kept}.")
         return INTERRUPTED
     print(f"{parser.prog}: error: {stopped}; {kept}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    start(main)

@@ -1,12 +1,11 @@
-"""Measure what a server keeps of a client, and what the client's messages weigh.
+"""Measure what server and client keep in memory, and the size of messages.
 
 Tensors of one shape are measured once, with random gradients, and counted as often as a model has
-them, so that a model need not fit into memory.
+them, so that the model need not fit into memory.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,16 +16,15 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.command_line import Parser, check_file
+from benchmarks.common.command_line import Parser, check_file, start
 from benchmarks.common.shapes import resnet50_shapes, transformer_shapes
-from lbgm_compress import Receiver, Sender
+from benchmarks.common.tables import console, make_table, write_csv
+from lbgm_compress import Receiver, Sender, parse_compressor
 from lbgm_compress._util.units import human_bytes
-from lbgm_compress.compressors.parse import parse_compressor
 
 MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
     "ResNet-50": resnet50_shapes,
@@ -50,13 +48,13 @@ class Row(NamedTuple):
     dense: int
     """The gradient in float32."""
     server: int
-    """What a Receiver keeps of one client."""
+    """Kept by a `Receiver` for one client."""
     client: int
-    """What a Sender keeps, a residual aside."""
+    """Kept by a `Sender`, without a residual."""
     first: int
     """The first message."""
     later: int
-    """A later one that replaces, of random gradients, all that it can."""
+    """A later message, of other random gradients."""
 
 
 def kept(state: Any) -> int:
@@ -97,21 +95,24 @@ def rows(advance: Callable[[], None]) -> Iterator[Row]:
 
 
 def table_of(model: str, found: list[Row]) -> Table:
-    """Lay out a model's rows."""
-    table = Table(title=f"{model}: {human_bytes(found[0].dense)} dense (float32)")
-    table.add_column("compressor", no_wrap=True)
-    heads = ("first message", "a later one, full or refreshed", "kept by the client")
-    for head in (*heads, "kept by the server", f"of {CLIENTS:,} clients"):
-        table.add_column(head, justify="right")
-    for row in found:
-        numbers = (row.first, row.later, row.client, row.server, CLIENTS * row.server)
-        table.add_row(row.compressor, *map(human_bytes, numbers))
-    return table
+    """Return a model's rows as a table."""
+    headings = ("compressor", "first message", "a later one, full or refreshed")
+    kept = ("kept by the client", "kept by the server", f"of {CLIENTS:,} clients")
+    cells = [
+        (
+            row.compressor,
+            *map(human_bytes, (row.first, row.later, row.client)),
+            *map(human_bytes, (row.server, CLIENTS * row.server)),
+        )
+        for row in found
+    ]
+    title = f"{model}: {human_bytes(found[0].dense)} dense (float32)"
+    return make_table(title, (*headings, *kept), cells, whole="compressor")
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    parser = Parser("memory.py", __doc__.split("\n\n")[0])
+    parser = Parser("memory.py", __doc__)
     parser.add_argument(
         "--out",
         type=Path,
@@ -124,19 +125,16 @@ def main(arguments: list[str]) -> int:
         check_file(options.out)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    printer = console()
+    with Progress(console=printer, disable=not printer.is_terminal, transient=True) as progress:
         bar = progress.add_task("measuring", total=len(MODELS) * len(COMPRESSORS))
         found = list(rows(lambda: progress.advance(bar)))
-    with options.out.open("w", newline="") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(found)
+    write_csv(options.out, Row._fields, found)
     for model in MODELS:
-        console.print(table_of(model, [row for row in found if row.model == model]))
-    console.print(f"Written to {options.out}.", soft_wrap=True)
+        printer.print(table_of(model, [row for row in found if row.model == model]))
+    printer.print(f"Written to {options.out}.", soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main)

@@ -1,11 +1,10 @@
-"""Measure what a LookBackProbe costs beside a step of training on the CPU.
+"""Measure the time that a LookBackProbe adds to a step of training on the CPU.
 
-Steps with and without a probe take turns, so that both see the same machine.
+Steps with and without a probe take turns, so that a busy machine slows both.
 """
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import time
@@ -19,43 +18,43 @@ if not __package__:  # run as a script
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 
-from benchmarks.common.command_line import Parser, check_file, listed
+from benchmarks.common.command_line import Parser, check_file, listed, start
 from benchmarks.common.models import build
+from benchmarks.common.tables import console, make_table, write_csv
 from lbgm_compress import TopK
 from lbgm_compress.probe import LookBackProbe
 
-# What is watched, and how.
+# Arguments of the probe.
 CASES: dict[str, dict[str, Any]] = {
     "thresholds": {"ranks": (), "averaged": ()},
     "thresholds and averages": {"ranks": ()},
     "all": {},
     "all, over TopK(0.1)": {"inner": TopK(0.1)},
 }
-# The probe's clock runs in the steps without it, too: it is given half of what it would be.
+# The probe's clock also runs in the steps without it, so that its limit is half of the usual one.
 COST = 0.05
 
 
 class Row(NamedTuple):
-    """What one case came to."""
+    """The times of one case."""
 
     model: str
     batch: int
     case: str
     step_ms: float
-    """A step without a probe."""
+    """The time of a step without a probe."""
     probed_ms: float
-    """A step with it."""
+    """The time of a step with it."""
     overhead: float
-    """What it adds, as a share."""
+    """The time that the probe adds, as a share."""
     own_overhead: float
-    """The same by the probe's own clock, which sees less of the machine's noise."""
+    """The same by the probe's own clock, which has less noise."""
 
 
 def training(model: str, batch: int) -> tuple[nn.Module, Callable[[], float]]:
-    """Return a model, and a function that trains it for a step and says how long that took."""
+    """Return a model, and a function that trains it for a step and returns the time in s."""
     network = build(model, (1, 28, 28), 10, 0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +73,7 @@ def training(model: str, batch: int) -> tuple[nn.Module, Callable[[], float]]:
 
 
 def measure(models: list[str], batches: list[int], steps: int, console: Console) -> Iterator[Row]:
-    """Measure every case."""
+    """Yield the times of every case."""
     for model in models:
         for batch in batches:
             for case, given in CASES.items():
@@ -100,10 +99,22 @@ def measure(models: list[str], batches: list[int], steps: int, console: Console)
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    parser = Parser("probe_cost.py", __doc__.split("\n\n")[0])
+    parser = Parser("probe_cost.py", __doc__)
     add = parser.add_argument
-    add("--models", type=listed(str), default=["cnn"], help="as compare.py's (default: cnn)")
-    add("--batches", type=listed(int), default=[128], help="images a step (default: 128)")
+    add(
+        "--models",
+        type=listed(str),
+        default=["cnn"],
+        metavar="LIST",
+        help="models of compare.py (default: cnn)",
+    )
+    add(
+        "--batches",
+        type=listed(int),
+        default=[128],
+        metavar="LIST",
+        help="images in a step (default: 128)",
+    )
     add("--steps", type=int, default=400, help="steps for each case (default: 400)")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)")
     add(
@@ -124,30 +135,22 @@ def main(arguments: list[str]) -> int:
         unknown = f"--models: there is no model {error}" if isinstance(error, KeyError) else error
         parser.error(str(unknown))
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    rows = list(measure(options.models, options.batches, options.steps, console))
-    with options.out.open("w", newline="") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-    table = Table(title=f"A LookBackProbe beside training, {options.threads} threads")
-    for heading in (
-        "model",
-        "batch",
-        "watched",
-        "a step, ms",
-        "with the probe",
-        "adds",
-        "by its own clock",
-    ):
-        table.add_column(heading, justify="left" if heading in ("model", "watched") else "right")
-    for row in rows:
-        times = (f"{row.step_ms:.1f}", f"{row.probed_ms:.1f}")
-        numbers = (*times, f"{row.overhead:.1%}", f"{row.own_overhead:.1%}")
-        table.add_row(row.model, str(row.batch), row.case, *numbers)
-    console.print(table)
+    printer = console()
+    rows = list(measure(options.models, options.batches, options.steps, printer))
+    write_csv(options.out, Row._fields, rows)
+    headings = ("model", "batch", "watched", "a step, ms", "with the probe", "adds")
+    cells = [
+        (
+            *(row.model, str(row.batch), row.case),
+            *(f"{row.step_ms:.1f}", f"{row.probed_ms:.1f}"),
+            *(f"{row.overhead:.1%}", f"{row.own_overhead:.1%}"),
+        )
+        for row in rows
+    ]
+    title = f"A LookBackProbe beside training, {options.threads} threads"
+    printer.print(make_table(title, (*headings, "by its own clock"), cells, left=("watched",)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main)

@@ -1,13 +1,12 @@
-"""Measure what messages weigh and compare it with what they may weigh.
+"""Measure the size of messages, and compare it with bounds.
 
-Every size is that of a message or a section of bytes that was really made. The bound of the indices
-of k of n entries is 1.05 log2 C(n, k) / 8 bytes; where that is below 40 bytes, log2 C(n, k) / 8 and
-two bytes.
+Every size is that of a message or of a section of bytes that was really made. The bound of the
+indices of k of n entries is 1.05 log2 C(n, k) / 8 bytes; where that is below 40 bytes, the bound is
+log2 C(n, k) / 8 and two bytes. The exit status is 1 if a bound is broken.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common.command_line import Parser, check_file
+from benchmarks.common.command_line import Parser, check_file, start
 from benchmarks.common.data import load
 from benchmarks.common.models import build
 from benchmarks.common.shapes import random_gradients, resnet50_shapes
+from benchmarks.common.tables import console, make_table, write_csv
 from lbgm_compress import LBGM, Compressor, ErrorFeedback, Sender, SignSGD, TopK
 from lbgm_compress.wire.indices import encode_indices
 
@@ -34,7 +32,7 @@ RECYCLED = 6
 OVERHEAD = 1.05
 SHARES = (0.001, 0.01, 0.1)
 STEPS = 60
-# A section takes whole bytes and one for its method: 5 % of less than this would not hold them.
+# A section has whole bytes, and one for its method: 5 % of a smaller section are less.
 FRAMING = 2
 SMALL = 40
 
@@ -48,20 +46,20 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The size as a share of its bound."""
+        """The size divided by its bound."""
         return self.measured / self.bound
 
     @property
     def ok(self) -> bool:
-        """Whether the size keeps within its bound."""
+        """True if the size is within its bound."""
         return self.measured <= self.bound
 
 
 def recycled(gradients: dict[str, Tensor]) -> Iterator[Row]:
-    """Weigh messages in which every tensor is recycled, and what one more tensor adds to them."""
+    """Measure messages of recycled tensors only, and the bytes that one more tensor adds."""
     names = sorted(gradients)
     for compressor in (LBGM(), LBGM(TopK(0.01)), LBGM(SignSGD()), ErrorFeedback(LBGM(TopK(0.01)))):
-        # Gradients that their compressor does not change are parallel to themselves in round two.
+        # The second message repeats the gradients of the first, which are parallel to themselves.
         whole, less = (
             recycled_message(compressor, {name: gradients[name] for name in chosen})
             for chosen in (names, names[1:])
@@ -77,12 +75,12 @@ def recycled_message(compressor: Compressor, gradients: dict[str, Tensor]) -> in
     Raises
     ------
     RuntimeError
-        If the compressor did not recycle all of them, so that this would be another figure.
+        If the compressor did not recycle all of them.
     """
     sender = Sender(compressor)
     sender.compress(gradients)
     if isinstance(compressor, ErrorFeedback):
-        # What is left over from the first round would turn the second one's gradients.
+        # The residual of a first round would turn the gradients of the second.
         gradients = {name: torch.zeros_like(tensor) for name, tensor in gradients.items()}
         sender = Sender(compressor)
         sender.compress(gradients)
@@ -93,11 +91,11 @@ def recycled_message(compressor: Compressor, gradients: dict[str, Tensor]) -> in
 
 
 def signs(gradients: dict[str, Tensor]) -> Iterator[Row]:
-    """Weigh signs, tensor by tensor and together."""
+    """Measure messages of signs, with one tensor and with many."""
     for compressor in (SignSGD(), SignSGD(scaled=True)):
         for n in (1, 1000, 1_000_000):
             message = Sender(compressor).compress({"tensor": torch.ones(n)})
-            # A message of one tensor is that tensor's share and the header.
+            # A message of one tensor is a header and the tensor's part.
             yield Row(f"{compressor!r}: tensor of {n:,}", message.numel() - HEADER, n / 8 + 16)
         message = Sender(compressor).compress(gradients)
         bound = sum(tensor.numel() / 8 + 16 for tensor in gradients.values()) + HEADER
@@ -105,13 +103,13 @@ def signs(gradients: dict[str, Tensor]) -> Iterator[Row]:
 
 
 def information(n: int, k: int) -> float:
-    """Return log2 C(n, k) / 8: the bytes that any k of n positions need on average at least."""
+    """Return log2 C(n, k) / 8, the mean number of bytes that k of n positions need at least."""
     nats = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return nats / math.log(2) / 8
 
 
 def random_positions(seed: int) -> Iterator[Row]:
-    """Weigh positions that are as likely as any others."""
+    """Measure uniformly random positions."""
     generator = torch.Generator().manual_seed(seed)
     n = 1_000_000
     for share in SHARES:
@@ -143,7 +141,7 @@ def gradients_of_training(seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def real_positions(seed: int) -> Iterator[Row]:
-    """Weigh the positions that TopK selects from gradients of training."""
+    """Measure the positions that TopK selects from gradients of training."""
     found: dict[tuple[float, bool], list[Row]] = {}
     for where, gradient in gradients_of_training(seed):
         n = gradient.numel()
@@ -151,7 +149,7 @@ def real_positions(seed: int) -> Iterator[Row]:
             indices = TopK(share).encode(gradient, {}).decoded.indices
             k = indices.numel()
             if k in (0, n):
-                # Nothing is to be said, and nothing is sent.
+                # There is one possible selection, and nothing is sent.
                 continue
             size = encode_indices(indices, n).numel()
             least = information(n, k)
@@ -169,12 +167,8 @@ def real_positions(seed: int) -> Iterator[Row]:
 
 
 def build_parser() -> Parser:
-    """Build the command line."""
-    parser = Parser(
-        "wire.py",
-        "Measure what messages weigh, in bytes, and compare it with what they may "
-        "weigh. The exit status is 1 if a bound is broken.",
-    )
+    """Return the parser of the command line."""
+    parser = Parser("wire.py", __doc__)
     add = parser.add_argument
     out = Path("wire.csv")
     add("--out", type=Path, default=out, metavar="FILE", help=f"CSV to write (default: {out})")
@@ -183,22 +177,12 @@ def build_parser() -> Parser:
 
 
 def rows(seed: int) -> Iterator[Row]:
-    """Measure everything."""
+    """Yield all sizes."""
     gradients = random_gradients(resnet50_shapes(), seed)
     yield from recycled(gradients)
     yield from signs(gradients)
     yield from random_positions(seed)
     yield from real_positions(seed)
-
-
-def write_csv(file: Path, measured: list[Row]) -> None:
-    """Write a row for each size."""
-    with file.open("w", newline="") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("what", "measured_bytes", "bound_bytes", "ratio", "within"))
-        for row in measured:
-            bound, ratio = f"{row.bound:.1f}", f"{row.ratio:.4f}"
-            writer.writerow((row.what, row.measured, bound, ratio, row.ok))
 
 
 def main(arguments: list[str]) -> int:
@@ -209,23 +193,20 @@ def main(arguments: list[str]) -> int:
         check_file(options.out)
     except ValueError as error:
         parser.error(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with console.status("measuring sizes"):
+    printer = console()
+    with printer.status("measuring sizes"):
         measured = list(rows(options.seed))
-    write_csv(options.out, measured)
-    table = Table(title="Sizes in bytes")
-    table.add_column("what")
-    for head in ("measured", "bound", "ratio"):
-        table.add_column(head, justify="right")
-    for row in measured:
-        style = None if row.ok else "red"
-        sizes = f"{row.measured:,}", f"{row.bound:,.1f}", f"{row.ratio:.3f}"
-        table.add_row(row.what, *sizes, style=style)
-    console.print(table)
-    broken = sum(not row.ok for row in measured)
-    console.print(f"{broken or 'No'} bound{'s' * (broken != 1)} broken. Written to {options.out}.")
+    columns = ("what", "measured_bytes", "bound_bytes", "ratio", "within")
+    numbers = [(r.what, r.measured, f"{r.bound:.1f}", f"{r.ratio:.4f}", r.ok) for r in measured]
+    write_csv(options.out, columns, numbers)
+    cells = [(r.what, f"{r.measured:,}", f"{r.bound:,.1f}", f"{r.ratio:.3f}") for r in measured]
+    broken = [position for position, row in enumerate(measured) if not row.ok]
+    headings = ("what", "measured", "bound", "ratio")
+    printer.print(make_table("Sizes in bytes", headings, cells, red=broken))
+    count = len(broken)
+    printer.print(f"{count or 'No'} bound{'s' * (count != 1)} broken. Written to {options.out}.")
     return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main)

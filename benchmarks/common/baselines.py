@@ -1,18 +1,188 @@
-"""What compressors are compared with, and torch provides."""
+"""Methods to compare compressors with, which average gradients by DDP's own means.
+
+A baseline is named in lists of methods as a compressor is, and makes no messages. `register` is how
+every command puts a method on a DDP model.
+"""
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-__all__ = ["PowerSGD"]
+from torch import Tensor, nn
+
+from lbgm_compress import Compressor
+from lbgm_compress.collective.averager import Averager
+from lbgm_compress.compressor import Encoding, State
+from lbgm_compress.decoded import Decoded
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "Counter",
+    "Dense",
+    "Float16",
+    "PowerSGD",
+    "Sent",
+    "counter_of",
+    "current_name",
+    "register",
+]
 
 
-@dataclass(frozen=True)
-class PowerSGD:
-    """torch's PowerSGD hook (arXiv 1905.13727), with error feedback; two dense rounds come first.
+class Sent(NamedTuple):
+    """The messages of one rank."""
 
-    Not a compressor: its ranks average factors before each has the other.
+    bytes: int
+    """Their size, all steps together."""
+    recycled: int
+    """Tensors of the last step that were sent as a look-back coefficient."""
+    tensors: int
+    """All tensors of the last step."""
+    recycled_share: float
+    """The share of tensors recycled, all steps together."""
+
+
+Counter = Callable[[int], Sent]
+"""Returns what this rank has sent after a number of steps, the last of which is over."""
+
+
+@dataclass(frozen=True, repr=False)
+class Baseline(Compressor):
+    """A method of DDP's. Its ranks average gradients before each has those of the others."""
+
+    @abc.abstractmethod
+    def hook(self) -> tuple[Any, Callable[..., Any]] | None:
+        """Return a new state and the communication hook, or None for DDP's own all-reduce."""
+
+    @abc.abstractmethod
+    def sent_bytes(self, state: Any, size: int, steps: int) -> int:
+        """Return the bytes that a rank contributed to averages in so many steps.
+
+        `state` is that of `hook`; `size` is the number of parameters, in float32.
+        """
+
+    def encode(self, grad: Tensor, state: State) -> Encoding:
+        raise NotImplementedError(f"{self!r} makes no messages: DDP averages the gradients")
+
+    def decode(
+        self, head: bytes, body: Tensor, state: State, like: Tensor
+    ) -> tuple[Decoded, State]:
+        raise NotImplementedError(f"{self!r} makes no messages: DDP averages the gradients")
+
+
+@dataclass(frozen=True, repr=False)
+class Dense(Baseline):
+    """DDP's own all-reduce of float32 gradients."""
+
+    def hook(self) -> tuple[Any, Callable[..., Any]] | None:
+        return None
+
+    def sent_bytes(self, state: Any, size: int, steps: int) -> int:
+        return 4 * size * steps
+
+
+@dataclass(frozen=True, repr=False)
+class Float16(Baseline):
+    """torch's hook that averages gradients in float16."""
+
+    def hook(self) -> tuple[Any, Callable[..., Any]] | None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        return None, default_hooks.fp16_compress_hook
+
+    def sent_bytes(self, state: Any, size: int, steps: int) -> int:
+        return 2 * size * steps
+
+
+@dataclass(frozen=True, repr=False)
+class PowerSGD(Baseline):
+    """torch's PowerSGD hook (arXiv 1905.13727), with error feedback and two dense steps first.
+
+    On gloo it hangs with more than one bucket.
     """
 
     rank: int
-    DENSE_ROUNDS = 2
+    DENSE_STEPS: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+
+    def hook(self) -> tuple[Any, Callable[..., Any]] | None:
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=self.rank, start_powerSGD_iter=self.DENSE_STEPS
+        )
+        return state, powerSGD_hook.powerSGD_hook
+
+    def sent_bytes(self, state: Any, size: int, steps: int) -> int:
+        dense = min(steps, self.DENSE_STEPS) * size
+        return 4 * (dense + int(state.total_numel_after_compression))
+
+
+BASELINES: tuple[type[Baseline], ...] = (Dense, Float16, PowerSGD)
+
+# Names of methods in results that were kept before methods were expressions.
+EARLIER = {
+    "dense": "Dense()",
+    "fp16": "Float16()",
+    **{f"PowerSGD(rank={rank})": f"PowerSGD({rank})" for rank in (1, 2, 4)},
+}
+
+
+def current_name(name: str) -> str:
+    """Return the expression of a method that kept results may name otherwise."""
+    return EARLIER.get(name, name)
+
+
+def register(
+    model: DistributedDataParallel,
+    compressor: Compressor,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight: float = 1.0,
+) -> Counter:
+    """Register the communication hook of a compressor or a baseline, and return its counter.
+
+    Parameters
+    ----------
+    model
+        A DDP model with one bucket.
+    compressor
+        A compressor or a baseline.
+    named_parameters
+        The parameters under the names that messages are made with.
+    weight
+        This rank's weight in the average. Baselines average with equal weights.
+    """
+    if not isinstance(compressor, Baseline):
+        from lbgm_compress.adapters.ddp import CompressionState, compression_hook
+
+        state = CompressionState(compressor, named_parameters, weight=weight)
+        model.register_comm_hook(state, compression_hook)
+        return counter_of(state)
+    baseline, hook = compressor, compressor.hook()
+    if hook is not None:
+        model.register_comm_hook(*hook)
+    own = None if hook is None else hook[0]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return lambda steps: Sent(baseline.sent_bytes(own, size, steps), 0, 1, 0.0)
+
+
+def counter_of(averager: Averager) -> Counter:
+    """Return the counter of an averager's messages."""
+
+    def count(steps: int) -> Sent:
+        report, stats = averager.sender.report().values(), averager.stats()
+        recycled = sum(tensor.recycled for tensor in report)
+        return Sent(
+            int(stats["message_bytes"]), recycled, len(report), float(stats["recycled_share"])
+        )
+
+    return count

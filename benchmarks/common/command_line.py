@@ -1,52 +1,85 @@
-"""What the scripts' command lines share: errors in one line, before anything is done."""
+"""Command lines: options that commands share, and errors of one line before anything is done."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from benchmarks.common.baselines import BASELINES, Baseline
 from benchmarks.common.data import IMAGES
 from benchmarks.common.models import IMAGE_MODELS
+from lbgm_compress import Compressor
+from lbgm_compress.compressors.parse import import_known, parse_compressors
 
 __all__ = [
     "INTERRUPTED",
     "Parser",
     "add_data_and_model",
+    "add_known",
+    "add_methods",
     "check_common",
     "check_file",
     "check_folder",
     "listed",
     "number_in",
     "positive",
+    "read_methods",
+    "start",
 ]
 
-# The exit status of what a keyboard interrupt ended.
+# The exit status after a keyboard interrupt.
 INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which takes no abbreviations."""
+    """A parser of the command line of one command.
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    An error is one line, options cannot be abbreviated, and the help begins with the description.
+
+    Parameters
+    ----------
+    prog
+        The name of the command.
+    text
+        The command's docstring; the first paragraph is the description.
+    """
+
+    def __init__(self, prog: str, text: str | None) -> None:
+        super().__init__(prog=prog, allow_abbrev=False)
+        self.summary = (text or "").split("\n\n")[0]
+
+    def format_help(self) -> str:
+        width = shutil.get_terminal_size().columns - 2
+        return f"{textwrap.fill(self.summary, width)}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def start(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command with the arguments of this process, and exit with its status."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
 def check_folder(folder: Path) -> None:
-    """Make the folder of ``--out``, if there is none.
+    """Make the folder of ``--out`` if it does not exist.
 
     Raises
     ------
     ValueError
-        If nothing can be written there.
+        If it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +90,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """Make the file of ``--out``, if there is none.
+    """Make the file of ``--out`` if it does not exist.
 
     Raises
     ------
@@ -71,7 +104,7 @@ def check_file(file: Path) -> None:
 
 
 def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a reader of comma-separated values."""
+    """Return a function that reads comma-separated values."""
 
     def read(text: str) -> list[Any]:
         return [convert(part) for part in text.split(",")]
@@ -80,7 +113,7 @@ def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
+    """Return `text` as a whole number of at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -91,7 +124,7 @@ def positive(text: str) -> int:
 
 
 def number_in(low: float, high: float, *, open_low: bool = False) -> Any:
-    """Return a reader of numbers from `low` (or above it) to `high`."""
+    """Return a function that reads a number from `low` (or above `low`) to `high`."""
 
     def read(text: str) -> float:
         try:
@@ -107,8 +140,67 @@ def number_in(low: float, high: float, *, open_low: bool = False) -> Any:
     return read
 
 
+def add_methods(parser: Parser, default: str, baselines: str = "") -> None:
+    """Add ``--methods`` and ``--known``.
+
+    `default` and `baselines` say in the help which methods are the default ones and when baselines
+    can be named.
+    """
+    parser.add_argument(
+        "--methods",
+        metavar="LIST",
+        help="methods to compare, comma-separated, as in Python, for example 'TopK(0.01), "
+        f"LBGM(ErrorFeedback(TopK(0.01)), delta=0.1)'{baselines} (default: {default})",
+    )
+    add_known(parser)
+
+
+def add_known(parser: Parser) -> None:
+    """Add ``--known``."""
+    parser.add_argument(
+        "--known",
+        metavar="MODULE:CLASS",
+        action="append",
+        default=[],
+        help="a class of your own that methods may name, importable from the working directory; "
+        "repeat it for further classes",
+    )
+
+
+def read_methods(
+    text: str, known: Iterable[str] = (), *, baselines: bool = True
+) -> list[Compressor]:
+    """Return the methods of a comma-separated list of expressions.
+
+    Parameters
+    ----------
+    text
+        The list.
+    known
+        The values of ``--known``.
+    baselines
+        If the list may name baselines beside compressors.
+
+    Raises
+    ------
+    ValueError
+        If one cannot be read, is named twice, or wraps a baseline.
+    """
+    classes = [*(BASELINES if baselines else ()), *import_known(known)]
+    methods = parse_compressors(text, classes)
+    for position, method in enumerate(methods):
+        if method in methods[:position]:
+            raise ValueError(f"--methods names {method!r} twice")
+        inner = getattr(method, "inner", None)
+        while inner is not None:
+            if isinstance(inner, Baseline):
+                raise ValueError(f"{method!r}: {inner!r} makes no messages, and cannot be wrapped")
+            inner = getattr(inner, "inner", None)
+    return methods
+
+
 def add_data_and_model(parser: Parser) -> None:
-    """Add the options that say what learns from what."""
+    """Add the options of the data set and of the model."""
     add = parser.add_argument
     add("--dataset", choices=IMAGES, default="digits", help="images (default: digits)")
     add(
@@ -131,7 +223,7 @@ def check_common(options: argparse.Namespace) -> None:
     Raises
     ------
     ValueError
-        If one cannot be.
+        If one of them has a wrong value.
     """
     try:
         device = torch.device(options.device).type

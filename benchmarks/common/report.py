@@ -1,22 +1,24 @@
-"""What a comparison leaves behind: tables of numbers, pictures, and one page with all of it."""
+"""The results of a comparison: CSV and JSON files, pictures, and one page with all of them."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 import json
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.common.plots import chart, line_styles, show_bytes, show_percent
+from benchmarks.common.tables import write_csv
 from benchmarks.common.training import Round
-from lbgm_compress import LBGM, Compressor, ErrorFeedback
+from lbgm_compress import Compressor
 from lbgm_compress._util.files import atomic_write
 from lbgm_compress._util.units import human_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "COLUMNS",
@@ -26,7 +28,6 @@ __all__ = [
     "headings",
     "styles",
     "summarise",
-    "tick",
     "write_files",
     "write_rounds",
 ]
@@ -53,7 +54,7 @@ COLUMNS = (
 
 @dataclass
 class MethodResult:
-    """The rounds of one method so far."""
+    """The rounds that one method has finished."""
 
     compressor: Compressor
     planned_rounds: int
@@ -66,7 +67,7 @@ class MethodResult:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are there."""
+        """True if all rounds are finished."""
         return len(self.rounds) == self.planned_rounds
 
     def final_accuracy(self, average: int = 1) -> float:
@@ -83,7 +84,7 @@ class MethodResult:
         return totals
 
     def bytes_to(self, accuracy: float) -> int | None:
-        """Return the bytes sent until this accuracy was first reached, or None."""
+        """Return the bytes sent until this accuracy was first reached, or None if it was not."""
         for round_, total in zip(self.rounds, self.uplink_totals(), strict=True):
             if round_.accuracy >= accuracy:
                 return total
@@ -133,7 +134,7 @@ def headings(rows: Sequence[dict[str, Any]], target: float | None) -> list[str]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Write a row of `summarise` for a reader."""
+    """Return the cells of a row of `summarise`."""
     reached = row["bytes_to_target"]
     return [
         row["method"] + ("" if row["finished"] else f" (stopped at round {row['rounds']})"),
@@ -149,16 +150,16 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def write_rounds(folder: Path, results: Sequence[MethodResult]) -> None:
     """Write rounds.csv."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for result in results:
-        for round_, total in zip(result.rounds, result.uplink_totals(), strict=True):
-            accuracy, loss = f"{round_.accuracy:.6f}", f"{round_.loss:.6f}"
-            recycled, seconds = f"{round_.recycled_share:.6f}", f"{round_.seconds:.4f}"
-            sizes = (round_.uplink_bytes, total)
-            writer.writerow((result.name, round_.number, accuracy, loss, *sizes, recycled, seconds))
-    atomic_write(folder / "rounds.csv", text.getvalue().encode())
+    rows = [
+        (
+            *(result.name, round_.number, f"{round_.accuracy:.6f}", f"{round_.loss:.6f}"),
+            *(round_.uplink_bytes, total),
+            *(f"{round_.recycled_share:.6f}", f"{round_.seconds:.4f}"),
+        )
+        for result in results
+        for round_, total in zip(result.rounds, result.uplink_totals(), strict=True)
+    ]
+    write_csv(folder / "rounds.csv", COLUMNS, rows)
 
 
 def write_files(
@@ -167,113 +168,56 @@ def write_files(
     rows: Sequence[dict[str, Any]],
     about: dict[str, Any],
 ) -> None:
-    """Write all of `FILES`; `about` is what summary.json says beside the methods."""
+    """Write all of `FILES`; `about` is the part of summary.json beside the methods."""
     write_rounds(folder, results)
     summary = json.dumps({**about, "methods": list(rows)}, indent=2) + "\n"
     atomic_write(folder / "summary.json", summary.encode())
-    pictures = _draw([result for result in results if result.rounds], about)
+    pictures = _draw([result for result in results if result.rounds], about["title"])
     for name, data in pictures.items():
         atomic_write(folder / name, data)
     atomic_write(folder / "report.html", _page(rows, about, pictures).encode())
 
 
-def _without_lbgm(compressor: Compressor) -> str:
-    """Name the sparsifier below, so that it has one colour with and without LBGM."""
-    while isinstance(compressor, (LBGM, ErrorFeedback)):
-        compressor = compressor.inner
-    return repr(compressor)
-
-
 def styles(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
-    """Give each sparsifier a colour; solid is without LBGM, broken lines are with it."""
-    from matplotlib import colormaps
-
-    palette = colormaps["tab10"].colors
-    families: list[str] = []
-    used: dict[tuple[str, bool], int] = {}
-    styles = []
-    for result in results:
-        family = _without_lbgm(result.compressor)
-        if family not in families:
-            families.append(family)
-        under_lbgm = result.compressor.receiver_has_state
-        variant = used.get((family, under_lbgm), 0)
-        used[family, under_lbgm] = variant + 1
-        lines = ("--", ":", "-.", (0, (1, 3))) if under_lbgm else ("-", (0, (8, 2)), (0, (5, 5)))
-        styles.append(
-            {
-                "color": palette[families.index(family) % len(palette)],
-                "linestyle": lines[variant % len(lines)],
-                "linewidth": 1.8,
-                "label": result.name + ("" if result.finished else " (interrupted)"),
-            }
-        )
-    return styles
+    """Return the line of each method; the label tells if it was interrupted."""
+    looks = line_styles([result.compressor for result in results])
+    for result, look in zip(results, looks, strict=True):
+        look["label"] += "" if result.finished else " (interrupted)"
+    return looks
 
 
-def tick(number: float, _: object) -> str:
-    """Write a number of bytes at an axis."""
-    value, unit = human_bytes(number).split()
-    return f"{float(value):g} {unit}"
-
-
-def _draw(results: Sequence[MethodResult], about: dict[str, Any]) -> dict[str, bytes]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.axes import Axes
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
-
+def _draw(results: Sequence[MethodResult], title: str) -> dict[str, bytes]:
+    """Return the pictures by file name."""
     looks = styles(results)
-    size = FuncFormatter(tick)
 
     def accuracy_vs_round(axes: Axes) -> None:
-        for result, style in zip(results, looks, strict=True):
-            axes.plot(
-                range(1, len(result.rounds) + 1), [r.accuracy for r in result.rounds], **style
-            )
+        for result, look in zip(results, looks, strict=True):
+            numbers = range(1, len(result.rounds) + 1)
+            axes.plot(numbers, [r.accuracy for r in result.rounds], **look)
         axes.set_xlabel("round")
         axes.set_ylabel("test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        show_percent(axes.yaxis)
 
     def accuracy_vs_uplink(axes: Axes) -> None:
-        for result, style in zip(results, looks, strict=True):
-            axes.plot(result.uplink_totals(), [r.accuracy for r in result.rounds], **style)
+        for result, look in zip(results, looks, strict=True):
+            axes.plot(result.uplink_totals(), [r.accuracy for r in result.rounds], **look)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(size)
+        show_bytes(axes.xaxis)
         axes.set_xlabel("uplink of all workers so far (log scale)")
         axes.set_ylabel("test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        show_percent(axes.yaxis)
 
     def uplink_per_round(axes: Axes) -> None:
-        for result, style in zip(results, looks, strict=True):
-            bytes_ = [r.uplink_bytes for r in result.rounds]
-            axes.plot(range(1, len(bytes_) + 1), bytes_, **style)
+        for result, look in zip(results, looks, strict=True):
+            sizes = [r.uplink_bytes for r in result.rounds]
+            axes.plot(range(1, len(sizes) + 1), sizes, **look)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(size)
+        show_bytes(axes.yaxis)
         axes.set_xlabel("round")
         axes.set_ylabel("uplink of all workers in the round (log scale)")
 
-    drawers: list[Callable[[Axes], None]] = [
-        accuracy_vs_round,
-        accuracy_vs_uplink,
-        uplink_per_round,
-    ]
-    pictures = {}
-    for drawer in drawers:
-        height = 4.8 + 0.2 * max(0, len(results) - 12)
-        figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
-        drawer(axes)
-        axes.set_title(textwrap.fill(about["title"], 90), fontsize=10, loc="left")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        pyplot.close(figure)
-        pictures[f"{drawer.__name__}.png"] = buffer.getvalue()
-    return pictures
+    drawn = (accuracy_vs_round, accuracy_vs_uplink, uplink_per_round)
+    return {f"{fill.__name__}.png": chart(fill, title, len(results)) for fill in drawn}
 
 
 STYLE = """
@@ -304,15 +248,15 @@ def _page(rows: Sequence[dict[str, Any]], about: dict[str, Any], pictures: dict[
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for name, data in pictures.items()
     )
-    stopped = '<p class="note">Interrupted: what had finished by then.</p>'
+    stopped = '<p class="note">Interrupted: only finished rounds are shown.</p>'
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Uplink bytes against accuracy</title><style>{STYLE}</style>
 <h1>Uplink bytes against accuracy</h1>
 <p>{html.escape(about["title"])}</p>{stopped if about["interrupted"] else ""}
 <table><tr>{"".join(f"<th>{html.escape(head)}</th>" for head in heads)}</tr>{"".join(body)}</table>
-<p>Uplink is what the messages of all workers weigh; recycled is the share of tensors that were
-sent as one look-back coefficient. Bytes on the wire, where an engine has one, are those of the
+<p>Uplink is the size of the messages of all workers. Recycled is the share of tensors that were
+sent as one look-back coefficient. Bytes on the wire, for engines that have one, are those of the
 loopback interface: every message goes to every other worker, with headers and acknowledgements.</p>
 {images}
 <h2>Repeat it</h2><pre>{html.escape(about["command"])}</pre>

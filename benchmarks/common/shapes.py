@@ -1,4 +1,4 @@
-"""The tensors of known models: names and shapes, without the models."""
+"""Names and shapes of the parameters of known models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["random_gradients", "resnet50_shapes", "transformer_shapes"]
 
 
 def resnet50_shapes() -> dict[str, tuple[int, ...]]:
-    """Return the 161 parameters of ResNet-50 (He et al., arXiv 1512.03385, table 1) by name."""
+    """Return the 161 shapes of ResNet-50 (He et al., arXiv 1512.03385, table 1) by name."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, out: int, into: int, kernel: int) -> None:
@@ -40,9 +40,10 @@ def resnet50_shapes() -> dict[str, tuple[int, ...]]:
 def transformer_shapes(
     layers: int = 24, width: int = 2048, vocabulary: int = 50257, length: int = 2048
 ) -> dict[str, tuple[int, ...]]:
-    """Return the parameters of a decoder with 1.3 billion (GPT-3 XL, arXiv 2005.14165, table 2.1).
+    """Return the shapes of a decoder with 1.3 billion parameters, by name.
 
-    The embedding is shared with the output layer.
+    Sizes are those of GPT-3 XL (arXiv 2005.14165, table 2.1). The embedding is shared with the
+    output layer.
     """
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (vocabulary, width),

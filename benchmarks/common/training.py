@@ -1,8 +1,8 @@
-"""The engine in one process: K workers, a server, and real messages between them.
+"""Training in one process: K workers, a server, and real messages between them.
 
-A round: the sampled workers start from the global model, take tau steps of SGD on their own images
-and send the sum of the tau gradients, g. The server averages what it decodes, weighted by the
-workers' numbers of images, v <- momentum * v + mean, and w <- w - lr * v.
+In a round, the sampled workers start from the global model w, take tau steps of SGD on their own
+images and send the sum of the tau gradients, g. The server averages the decoded g, weighted by the
+workers' numbers of images, and steps: v <- momentum * v + mean, w <- w - lr * v.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from lbgm_compress import Compressor, Receiver, Sender
 
 __all__ = ["Round", "Training", "Workers", "evaluate", "local_updates", "run"]
 
-# Floats of activations and gradients that a batch of workers may take.
+# Largest number of floats of activations and gradients for workers that train in one call.
 CHUNK = 32_000_000
-# Floats of activations for each number of the input, where there are many.
+# Floats of activations for each number of the input, for models with many.
 ACTIVATIONS = {"small-cnn": 20, "transformer": 5000}
-# Convolutions with a kernel a worker run one by one inside vmap, and slower.
+# Inside vmap, convolutions with a kernel for each worker are slower than one after the other.
 ONE_BY_ONE = ("cnn", "resnet18")
 Parameters = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that all methods have in common."""
+    """The training that all methods of a comparison have in common."""
 
     dataset: Dataset
     parts: list[Tensor]
@@ -46,46 +46,46 @@ class Training:
     seed: int
     device: torch.device
     evaluate_every: int = 1
-    """Rounds from one evaluation to the next; those between have the last one's accuracy."""
+    """Rounds from one evaluation to the next; rounds between repeat its accuracy."""
     open_loop: bool = False
-    """Whether the server steps with the updates themselves, whatever the messages make of them."""
+    """If the server steps with the updates as they were before compression."""
 
     def evaluated(self, number: int) -> bool:
-        """Whether the model is evaluated after this round."""
+        """Return True if the model is evaluated after this round."""
         return number == 1 or number % self.evaluate_every == 0 or number == self.rounds
 
     def sampled(self) -> int:
-        """How many workers take part in a round."""
+        """Return the number of workers that take part in a round."""
         return max(1, round(self.participation * len(self.parts)))
 
     def initial_model(self) -> nn.Module:
-        """Build the model that every method starts from."""
+        """Return the model that every method starts from."""
         image = tuple(self.dataset.train_images.shape[1:])
         return build(self.model, image, self.dataset.classes, self.seed).to(self.device)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of one method gave."""
+    """The results of one round of one method."""
 
     number: int
     accuracy: float
-    """Share of the test images that the global model gets right."""
+    """Share of the test images that the global model classifies correctly."""
     loss: float
     """Mean cross-entropy on the test images."""
     uplink_bytes: int
-    """What the messages of all sampled workers weigh."""
+    """Size of the messages of all sampled workers."""
     recycled_share: float
     """Share of tensors sent as a look-back coefficient alone."""
     seconds: float
     wire_bytes: int | None = None
-    """What crossed the network interface, headers included, if there was one to count at."""
+    """Bytes on the network interface, headers included; None if the engine uses none."""
     evaluated: bool = True
-    """Whether accuracy and loss are this round's, and not those of an earlier evaluation."""
+    """True if accuracy and loss are of this round, False if of an earlier evaluation."""
 
 
 class Workers:
-    """The workers' images, in memory so that many workers train in one call."""
+    """The workers' images, stacked so that many workers train in one call."""
 
     def __init__(self, training: Training) -> None:
         images, labels = training.dataset.train_images, training.dataset.train_labels
@@ -149,7 +149,7 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         sampled = sorted(order[: training.sampled()].tolist())
         total = sum(workers.sizes[worker] for worker in sampled)
         mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        # In open loop, what the messages hold is decoded and left.
+        # In open loop, messages are decoded into tensors that are not used.
         into = mean
         if training.open_loop:
             into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -187,7 +187,7 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
 def local_updates(
     model: nn.Module, training: Training, workers: Workers
 ) -> Callable[[Parameters, list[int]], Parameters]:
-    """Return a function that gives all sampled workers' updates, stacked along a first axis."""
+    """Return a function that returns the sampled workers' updates, stacked along a first axis."""
 
     def loss(weights: Parameters, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         logits = functional_call(model, weights, (images,))
@@ -230,7 +230,7 @@ def local_updates(
 
 
 def _classes_second(logits: Tensor) -> Tensor:
-    """Return logits (B, T, classes) as cross-entropy wants them."""
+    """Return logits (B, T, classes) with the classes second, as cross-entropy takes them."""
     return logits.transpose(1, 2) if logits.dim() == 3 else logits
 
 
@@ -238,8 +238,8 @@ def _classes_second(logits: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module, weights: Parameters, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
-    """Return the share of labels that the model gets right, and the mean cross-entropy."""
-    # Activations of a large model take much memory.
+    """Return the share of labels that the model predicts, and the mean cross-entropy."""
+    # Activations of a large model need much memory.
     together = 5000 if sum(weight.numel() for weight in weights.values()) < 5_000_000 else 250
     right = loss = 0.0
     for part, truth in zip(images.split(together), labels.split(together), strict=True):

@@ -1,1 +1,1 @@
-"""Engines that move the messages of `benchmarks/compare.py`: one process, DDP, Horovod, Flower."""
+"""The real engines of `benchmarks/compare.py`: DDP, Horovod and Flower."""

@@ -1,20 +1,16 @@
-"""What a worker needs of an engine with ranks."""
+"""The interface of engines with ranks."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lbgm_compress.collective.averager import Averager
+from benchmarks.common.baselines import Counter
 
-__all__ = ["Counts", "Engine", "counts_of"]
-
-# Returns the bytes sent so far and, for the last round, the recycled tensors and all tensors.
-Counts = Callable[[], tuple[int, int, int]]
+__all__ = ["Engine"]
 
 
 class Engine(abc.ABC):
@@ -39,20 +35,9 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compression: dict[str, Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Counts]:
-        """Return a module and an optimizer that average gradients, and a counter of their bytes.
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Counter]:
+        """Return a module and an optimizer that average gradients, and a counter of messages.
 
-        `compression` are the arguments of the adapter: ``compressor``, ``named_parameters`` and
-        ``weight``.
+        `compression` holds ``compressor``, ``named_parameters`` and ``weight``, as the adapters
+        take them.
         """
-
-
-def counts_of(averager: Averager) -> Counts:
-    """Return the counter of an averager's bytes and tensors."""
-
-    def counts() -> tuple[int, int, int]:
-        report = averager.sender.report().values()
-        recycled = sum(tensor.recycled for tensor in report)
-        return int(averager.stats()["message_bytes"]), recycled, len(report)
-
-    return counts

@@ -1,4 +1,4 @@
-"""A real SuperLink and real SuperNodes on the loopback, of which none stays behind."""
+"""A SuperLink and SuperNodes on the loopback, all of which end together."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Federation", "federation", "free_port"]
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
+    """Return a free port of the loopback."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
 class Federation:
-    """A SuperLink, and what belongs to it."""
+    """A SuperLink, its SuperNodes and its runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ class Federation:
         )
 
     def start(self, simulation: bool) -> None:
-        """Start the SuperLink."""
+        """Start the SuperLink, and wait until it is healthy."""
         link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
         link += ["--disable-runtime-dependency-installation"]
         superlink = self.spawn([*link, *(["--simulation"] if simulation else [])], "superlink")
@@ -79,7 +79,7 @@ class Federation:
         return process
 
     def supernode(self, partition: int, of: int, through: int | None = None) -> str:
-        """Start a client, and return its name."""
+        """Start a SuperNode, and return its name."""
         name = f"supernode-{partition}-{time.monotonic_ns()}"
         command = ["flower-supernode", "--insecure", "--port", str(free_port())]
         command += ["--superlink", f"127.0.0.1:{through or self.port}"]
@@ -88,7 +88,7 @@ class Federation:
         return name
 
     def start_run(self, app: Path, config: Mapping[str, Any], *options: str) -> Any:
-        """Submit an app, and follow it until it ends; the process is returned."""
+        """Submit an app, and return the process that follows its run until the end."""
         path = self.folder / "run.toml"
         lines = []
         for key, value in config.items():
@@ -99,7 +99,7 @@ class Federation:
         return self.spawn(command, "run")
 
     def run(self, app: Path, config: Mapping[str, Any], *options: str, timeout: float) -> str:
-        """Run an app to its end, and return what it logged."""
+        """Run an app to its end, and return its log."""
         process = self.start_run(app, config, *options)
         try:
             process.wait(timeout)
@@ -116,7 +116,7 @@ class Federation:
         return "\n".join(f"--- {name}\n{self.log(name)[-3000:]}" for name in names)
 
     def processes(self, name: str = "") -> list[int]:
-        """Return the processes that were started under a name, with all their children."""
+        """Return the ids of the processes that have this name, and of all their children."""
         mark = f"FLOWER_PROCESS={self.folder}/{name}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -128,7 +128,7 @@ class Federation:
         return found
 
     def kill(self, name: str = "") -> None:
-        """Kill them, by SIGKILL, until none is left."""
+        """End the processes of `processes` by SIGKILL, until none is left."""
         deadline = time.monotonic() + 20
         while processes := self.processes(name):
             assert time.monotonic() < deadline, f"{processes} do not end"
@@ -142,7 +142,7 @@ class Federation:
 
 @contextlib.contextmanager
 def federation(folder: Path, simulation: bool = False) -> Iterator[Federation]:
-    """Start a SuperLink; kill it and all that belongs to it at the end."""
+    """Yield a running SuperLink; at the end, kill it and all processes that belong to it."""
     made = Federation(folder)
     try:
         made.start(simulation)

@@ -1,8 +1,8 @@
-"""The comparison in Flower's simulation: a ClientApp for each worker, in Ray's actors.
+"""Training in Flower's simulation, with a ClientApp for each worker in Ray's actors.
 
-A client sends new parameters, w - lr * g, of which `compression_mod` compresses the difference to
-the received ones, -lr * g; the server is Flower's FedAvgM inside `CompressedStrategy`. Apart from
-float rounding that is what `federated.run` does.
+A client sends new parameters, w - lr * g. `CompressionMod` compresses their difference to the
+received ones, -lr * g. The server is Flower's FedAvgM inside `CompressedStrategy`. Up to float
+rounding the result is that of `benchmarks.common.training.run`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from torch import Tensor
 from benchmarks.common.models import parameters
 from benchmarks.common.training import Round, Training, Workers, evaluate, local_updates
 from lbgm_compress import Compressor
-from lbgm_compress.adapters.flower import CompressedStrategy, compression_mod
+from lbgm_compress.adapters.flower import CompressedStrategy, CompressionMod
+from lbgm_compress.compressors.parse import import_known
 
-__all__ = ["Sampled", "client_app", "nodes_of", "simulate", "tell_partition"]
+__all__ = ["Sampled", "client_app", "nodes_of", "run_clients", "simulate"]
 
 ORDER = "order"
 REPLIES_WITHIN = 300.0  # seconds
@@ -46,29 +47,36 @@ REPLIES_WITHIN = 300.0  # seconds
 
 # --- a worker ------------------------------------------------------------------------------------
 
-client_app = ClientApp(mods=[compression_mod])
+
+def client_app(
+    train: Callable[[Message, Context], Message], known: Sequence[type] = ()
+) -> ClientApp:
+    """Return an app that trains with `train`, sends compressed updates, and tells its partition.
+
+    `known` are the classes of ``--known``.
+    """
+    app = ClientApp(mods=[CompressionMod(compressors=known)])
+    app.train()(train)
+    app.query()(tell_partition)
+    return app
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: str) -> tuple[Training, Workers, Callable[..., dict[str, Tensor]]]:
-    """Read the training once in each of Ray's processes."""
+    """Return a training, its workers and their updates, read once in each of Ray's processes."""
     training: Training = pickle.loads(Path(path).read_bytes())
     workers = Workers(training)
     return training, workers, local_updates(training.initial_model(), training, workers)
 
 
 def tell_partition(message: Message, context: Context) -> Message:
-    """Say which worker this is: node ids are random."""
+    """Reply with the number of this worker, since node ids are random."""
     record = MetricRecord({"partition": int(context.node_config["partition-id"])})
     return Message(RecordDict({"metrics": record}), reply_to=message)
 
 
-client_app.query()(tell_partition)
-
-
-@client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """Take the worker's local steps."""
+    """Take the worker's local steps, and reply with the new parameters."""
     config = message.content["config"]
     training, workers, update = _loaded(str(config["training"]))
     worker = int(context.node_config["partition-id"])
@@ -85,7 +93,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _restore_order(context: Context, method: str, workers: Workers, worker: int, seed: int) -> None:
-    """Go on in the worker's images where its last round, in any process, has ended."""
+    """Restore the order of the worker's images as its last round, in any process, has left it."""
     record = context.state.get(ORDER)
     if isinstance(record, ArrayRecord) and method in record:
         workers.orders[worker] = torch.from_numpy(record[method].numpy())
@@ -108,7 +116,7 @@ def _keep_order(context: Context, method: str, workers: Workers, worker: int) ->
 
 
 class Sampled(FedAvgM):
-    """FedAvgM whose rounds have given clients, and sum up in their order."""
+    """FedAvgM with given clients in each round, whose updates are added in their order."""
 
     def __init__(self, nodes: dict[int, int], momentum: float) -> None:
         super().__init__(server_momentum=momentum, fraction_evaluate=1.0)
@@ -119,7 +127,7 @@ class Sampled(FedAvgM):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask the sampled clients."""
+        """Return the messages to the sampled clients."""
         self.current_arrays = arrays
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         return [Message(content, self.nodes[k], MessageType.TRAIN) for k in self.sampled]
@@ -127,7 +135,7 @@ class Sampled(FedAvgM):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average replies in the order of the clients, so that rounding is the same each time."""
+        """Average replies in the order of the clients, so that rounding is reproducible."""
         replies = list(replies)
         for reply in replies:
             if reply.has_error():
@@ -137,7 +145,7 @@ class Sampled(FedAvgM):
 
 
 def nodes_of(grid: Grid, workers: int) -> dict[int, int]:
-    """Return the node of each worker."""
+    """Return the node id of each worker, once all are connected."""
     while len(ids := list(grid.get_node_ids())) < workers:
         time.sleep(0.1)
     questions = [Message(RecordDict(), node, MessageType.QUERY) for node in ids]
@@ -146,14 +154,14 @@ def nodes_of(grid: Grid, workers: int) -> dict[int, int]:
 
 
 def _rounds(
-    grid: Grid, path: str, nodes: dict[int, int], compressor: Compressor
+    grid: Grid, path: str, nodes: dict[int, int], compressor: Compressor, known: Sequence[type]
 ) -> Iterator[Round]:
     """Train with one compressor, and yield every round as it ends."""
     training: Training = pickle.loads(Path(path).read_bytes())
     model = training.initial_model()
     sampler = torch.Generator().manual_seed(training.seed)
     inner = Sampled(nodes, training.server_momentum)
-    strategy = CompressedStrategy(inner, compressor)
+    strategy = CompressedStrategy(inner, compressor, compressors=known)
     arrays = ArrayRecord(dict(parameters(model)))
     test = training.dataset.test_images, training.dataset.test_labels
     config = ConfigRecord({"training": path, "method": strategy.training})
@@ -187,12 +195,22 @@ def _rounds(
         )
 
 
-def simulate(socket: str, training_file: str, key: bytes) -> None:
-    """Run a simulation that trains with one compressor after the other, until nobody asks."""
+def run_clients(server_app: ServerApp, app: ClientApp, clients: int) -> None:
+    """Run Flower's simulation with a core for each client that trains."""
     from flwr.simulation import run_simulation
 
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server_app, app, clients, backend_config=resources)
+
+
+def simulate(socket: str, training_file: str, key: bytes, specs: Sequence[str] = ()) -> None:
+    """Train with one compressor after the other, until the command asks for no more.
+
+    `specs` are the values of ``--known``.
+    """
     training: Training = pickle.loads(Path(training_file).read_bytes())
     workers = len(training.parts)
+    known = import_known(specs)
     server_app = ServerApp()
 
     @server_app.main()
@@ -205,15 +223,10 @@ def simulate(socket: str, training_file: str, key: bytes) -> None:
                     compressor = asks.recv()
                 if compressor is None:
                     return
-                for round_ in _rounds(grid, training_file, nodes, compressor):
+                for round_ in _rounds(grid, training_file, nodes, compressor, known):
                     asks.send(round_)
                 asks.send(None)
 
-    # Where nobody waits for the results any more, there is nothing to do.
+    # The command has ended if nothing reads the results.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        run_simulation(
-            server_app,
-            client_app,
-            workers,
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-        )
+        run_clients(server_app, client_app(train, known), workers)

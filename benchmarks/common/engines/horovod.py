@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.engines.base import Counts, Engine, counts_of
+from benchmarks.common.baselines import Counter, counter_of
+from benchmarks.common.engines.base import Engine
 
 __all__ = ["Horovod"]
 
@@ -39,8 +40,8 @@ class Horovod(Engine):
 
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compression: dict[str, Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer, Counts]:
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Counter]:
         from lbgm_compress.adapters.horovod import DistributedOptimizer
 
         distributed = DistributedOptimizer(optimizer, **compression, bucket_cap_mb=1 << 20)
-        return module, distributed, counts_of(distributed.compression)
+        return module, distributed, counter_of(distributed.compression)

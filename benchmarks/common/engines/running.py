@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import IO
 
-from benchmarks.common.baselines import PowerSGD
+from benchmarks.common.baselines import Baseline
 from benchmarks.common.engines.base import Engine
 from benchmarks.common.engines.ddp import Ddp
 from benchmarks.common.engines.horovod import Horovod
@@ -47,8 +47,21 @@ ENGINES: dict[str, Callable[[int], list[str]]] = {
 RANKS: dict[str, type[Engine]] = {"ddp": Ddp, "horovod": Horovod}
 
 
-def check_engine(name: str, participation: float, device: str) -> None:
-    """Raise `ValueError` if an engine is not installed or cannot do what is asked for."""
+def check_engine(
+    name: str, methods: Sequence[Compressor], participation: float, device: str
+) -> None:
+    """Check that an engine is installed and can do what is asked for.
+
+    Raises
+    ------
+    ValueError
+        If it is not, or cannot.
+    """
+    for method in methods:
+        if isinstance(method, Baseline) and name != "ddp":
+            raise ValueError(
+                f"{method!r} is part of DistributedDataParallel: use --engine ddp, not {name}"
+            )
     if name == "process":
         return
     if name == "horovod" and importlib.util.find_spec("horovod") is None:
@@ -68,12 +81,12 @@ def check_engine(name: str, participation: float, device: str) -> None:
 
 
 class Running:
-    """An engine whose workers wait for a compressor."""
+    """A started engine, whose workers wait for a compressor."""
 
     def __init__(self, connection: Connection, log: IO[str]) -> None:
         self._connection, self._log = connection, log
 
-    def run(self, compressor: Compressor | PowerSGD) -> Iterator[Round]:
+    def run(self, compressor: Compressor) -> Iterator[Round]:
         """Train with one compressor, and yield every round as it ends.
 
         Raises
@@ -90,8 +103,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(name: str, training: Training) -> Iterator[Running]:
+def running(name: str, training: Training, known: Sequence[str] = ()) -> Iterator[Running]:
     """Start an engine with a worker for each part of the data, and end it afterwards.
+
+    `known` are the values of ``--known``.
 
     Raises
     ------
@@ -107,7 +122,7 @@ def running(name: str, training: Training) -> Iterator[Running]:
         threads = max(1, (os.cpu_count() or 1) // workers)
         command = [*ENGINES[name](workers), "-m", "benchmarks.common.engines.worker", name]
         process = subprocess.Popen(
-            [*command, str(folder / "socket"), str(folder / "training")],
+            [*command, str(folder / "socket"), str(folder / "training"), *known],
             env=environment(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS=str(threads)),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -120,7 +135,7 @@ def running(name: str, training: Training) -> Iterator[Running]:
 
 
 def _accept(listener: Listener, process: subprocess.Popen[bytes], log: IO[str]) -> Connection:
-    """Wait for the first rank, as long as its engine lives."""
+    """Return the connection to the first rank, once it is there."""
     server = listener._listener._socket  # type: ignore[attr-defined]
     server.settimeout(0.5)
     deadline = time.monotonic() + STARTS_WITHIN
@@ -131,7 +146,7 @@ def _accept(listener: Listener, process: subprocess.Popen[bytes], log: IO[str]) 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the workers end, which they do when nobody is there any more."""
+    """Wait for the workers, which end when the connection is closed, or end them."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=10)
     if process.poll() is None:

@@ -1,8 +1,8 @@
 """A worker of an engine with ranks, or the whole simulation of Flower.
 
-``python -m benchmarks.common.engines.worker ENGINE SOCKET TRAINING`` is started by torchrun,
-horovodrun or `benchmarks.common.engines.running`. Each update of a worker is given to the engine as
-a gradient, so that messages pass through the engine's hooks as in any training.
+``python -m benchmarks.common.engines.worker ENGINE SOCKET TRAINING [MODULE:CLASS ...]`` is started
+by torchrun, horovodrun or `benchmarks.common.engines.running`. Each update of a worker is given to
+the engine as a gradient, so that messages pass through the engine's hooks as in any training.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.baselines import PowerSGD
+from benchmarks.common.baselines import Baseline
 from benchmarks.common.engines.base import Engine
 from benchmarks.common.engines.running import KEY, RANKS
 from benchmarks.common.training import Round, Training, Workers, evaluate, local_updates
 from lbgm_compress import Compressor
 
-SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
+CROSSED = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 class Linear(nn.Module):
@@ -41,7 +41,7 @@ class Linear(nn.Module):
         ).sum()
 
 
-def train(engine: Engine, training: Training, compressor: Compressor | PowerSGD) -> Iterator[Round]:
+def train(engine: Engine, training: Training, compressor: Compressor) -> Iterator[Round]:
     """Train as `benchmarks.common.training.run` does, as one of its workers."""
     model = training.initial_model()
     workers = Workers(training)
@@ -49,7 +49,7 @@ def train(engine: Engine, training: Training, compressor: Compressor | PowerSGD)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(), lr=training.lr, momentum=training.server_momentum
     )
-    module, optimizer, counts = engine.wrap(
+    module, optimizer, sent_after = engine.wrap(
         Linear(model),
         optimizer,
         {
@@ -58,22 +58,25 @@ def train(engine: Engine, training: Training, compressor: Compressor | PowerSGD)
             "weight": workers.sizes[engine.rank],
         },
     )
+    # The average of a baseline has equal weights: each worker's update carries its own.
+    size = workers.sizes[engine.rank] * len(workers.sizes) / sum(workers.sizes)
+    scale = size if isinstance(compressor, Baseline) else 1.0
     test = training.dataset.test_images, training.dataset.test_labels
     accuracy = loss = 0.0
     for number in range(1, training.rounds + 1):
         start = time.perf_counter()
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        mine = {name: g[0] for name, g in update(weights, [engine.rank]).items()}
+        mine = {name: scale * g[0] for name, g in update(weights, [engine.rank]).items()}
         # All ranks have their updates before the bytes of the exchange are counted.
         engine.total(torch.zeros(1, dtype=torch.int64))
-        before, sent = counts()[0], sent_bytes()
+        before, crossed = sent_after(number - 1).bytes, crossed_bytes()
         optimizer.zero_grad()
         module(mine).backward()
         optimizer.step()
-        wire = None if sent is None else (sent_bytes() or sent) - sent
-        now, recycled, tensors = counts()
+        wire = None if crossed is None else (crossed_bytes() or crossed) - crossed
+        sent = sent_after(number)
         uplink, recycled, tensors = engine.total(
-            torch.tensor([now - before, recycled, tensors])
+            torch.tensor([sent.bytes - before, sent.recycled, sent.tensors])
         ).tolist()
         if engine.rank == 0 and training.evaluated(number):
             weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -91,10 +94,10 @@ def train(engine: Engine, training: Training, compressor: Compressor | PowerSGD)
         )
 
 
-def sent_bytes() -> int | None:
+def crossed_bytes() -> int | None:
     """Return the bytes that the loopback interface has carried, or None if none are counted."""
     try:
-        return int(SENT.read_text())
+        return int(CROSSED.read_text())
     except OSError:
         return None
 
@@ -134,6 +137,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "flower":
         from benchmarks.common.engines.flower_simulation import simulate
 
-        simulate(*sys.argv[2:], KEY)
+        simulate(*sys.argv[2:4], KEY, sys.argv[4:])
     else:
-        work(*sys.argv[1:])
+        work(*sys.argv[1:4])

@@ -1,0 +1,148 @@
+"""A rank of `benchmarks/link.py`: ``python -m benchmarks.common.link_rank TASK``, TASK in JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.common.baselines import register
+from benchmarks.common.command_line import read_methods
+from benchmarks.common.data import Dataset, load
+from benchmarks.common.models import build
+from lbgm_compress import Compressor
+from lbgm_compress.collective.transport import ProcessGroupTransport
+
+PROBE_BYTES = 4_000_000
+
+
+def sent_bytes() -> int:
+    """Return the bytes that this rank's interface has sent."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+def report(**values: Any) -> None:
+    """Print values for the process that started the ranks."""
+    if dist.get_rank() == 0:
+        print(json.dumps(values), flush=True)
+
+
+def mean_over_ranks(number: float) -> float:
+    """Return the mean of a number over the ranks."""
+    tensor = torch.tensor([number], dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.item() / dist.get_world_size()
+
+
+def train(dataset: Dataset, task: dict[str, Any], method: Compressor) -> None:
+    """Train with one method, and report every epoch."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = DistributedDataParallel(
+        build("cnn", (1, 28, 28), dataset.classes, task["seed"]), bucket_cap_mb=1000
+    )
+    sent_after = register(model, method, model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=task["lr"], momentum=0.9)
+    generator = torch.Generator().manual_seed(task["seed"])
+    batch, count = task["batch"], min(task["images"], len(dataset.train_labels))
+    steps_an_epoch = count // batch
+    seconds, messages_before = 0.0, 0
+    for epoch in range(1, task["epochs"] + 1):
+        order = torch.randperm(count, generator=generator)
+        dist.barrier()
+        start, interface = time.perf_counter(), sent_bytes()
+        for step in range(steps_an_epoch):
+            mine = order[step * batch : (step + 1) * batch][rank::ranks]
+            optimizer.zero_grad()
+            logits = model(dataset.train_images[mine])
+            nn.functional.cross_entropy(logits, dataset.train_labels[mine]).backward()
+            optimizer.step()
+        dist.barrier()
+        took = time.perf_counter() - start
+        interface = sent_bytes() - interface
+        seconds += took
+        sent = sent_after(epoch * steps_an_epoch)
+        interface_mean = mean_over_ranks(interface / steps_an_epoch)
+        message_mean = mean_over_ranks((sent.bytes - messages_before) / steps_an_epoch)
+        messages_before = sent.bytes
+        report(
+            method=repr(method),
+            epoch=epoch,
+            steps=epoch * steps_an_epoch,
+            seconds=seconds,
+            step_ms=1e3 * took / steps_an_epoch,
+            interface_bytes=interface_mean,
+            message_bytes=message_mean,
+            recycled_share=mean_over_ranks(sent.recycled_share),
+            # Every rank evaluates a part of the test images, while the clock stands.
+            accuracy=mean_over_ranks(accuracy(model.module, dataset, rank, ranks)),
+        )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: Dataset, rank: int, ranks: int) -> float:
+    """Return this rank's part of the test accuracy, times the number of ranks."""
+    images, labels = dataset.test_images[rank::ranks], dataset.test_labels[rank::ranks]
+    right = sum(
+        int((model(part).argmax(1) == truth).sum())
+        for part, truth in zip(images.split(1000), labels.split(1000), strict=True)
+    )
+    return right * ranks / len(dataset.test_labels)
+
+
+def probe(mbit: float) -> None:
+    """Report the times of the exchange alone: of 4 MB from one rank, and of heads from all."""
+    ranks = dist.get_world_size()
+    group = dist.new_group(list(range(ranks)))
+    transport = ProcessGroupTransport(group)
+    sizes = [PROBE_BYTES if other == 1 else 0 for other in range(ranks)]
+    parts = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    eight, head = torch.zeros(8, dtype=torch.uint8), torch.zeros(16 + 8 * 5, dtype=torch.uint8)
+    rows = [torch.empty_like(eight) for _ in range(ranks)]
+    steps: dict[str, tuple[int, Callable[[], object]]] = {
+        "body_ms": (5, lambda: transport.gather_unequal(parts)),
+        "head_ms": (200, lambda: transport.gather_equal(head)),
+        "eight_bytes_ms": (200, lambda: dist.all_gather(rows, eight, group=group)),
+    }
+    found = {}
+    for name, (repeats, step) in steps.items():
+        step()
+        times = []
+        for _ in range(repeats):
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        # The exchange ends when the last rank has received everything.
+        everyone: list[Any] = [None] * ranks
+        dist.all_gather_object(everyone, times)
+        found[name] = statistics.median(max(taken) for taken in zip(*everyone, strict=True))
+    # The time of one hop at the rate of the link.
+    found["link_ms"] = PROBE_BYTES * 8 / (mbit * 1e6) * 1e3
+    report(probe=found)
+
+
+def main(task: dict[str, Any]) -> None:
+    """Do the task of one rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if task["probe"]:
+        probe(task["mbit"])
+    if task["methods"]:
+        dataset = load("fashion-mnist", task["data_dir"], task["seed"])
+        for method in read_methods(", ".join(task["methods"]), task["known"]):
+            train(dataset, task, method)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
