@@ -1,4 +1,4 @@
-"""Flower without processes: a grid that hands messages to a ClientApp, and apps to try it with."""
+"""Flower within one process: a grid that hands messages to a ClientApp, and apps for it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["LoopbackGrid", "Receding", "arrays_of", "context", "make_app", "start"]
+from lbgm_compress.adapters.flower import compression_mod
+
+__all__ = [
+    "Kept",
+    "LoopbackGrid",
+    "Receding",
+    "arrays_of",
+    "context",
+    "make_app",
+    "one_round",
+    "start",
+]
 
 
 def context(node: int, partition: int = 0, run: int = 1) -> Context:
-    """Return what a client has at its start."""
+    """Return the context of a client at its start."""
     return Context(run, node, {"partition-id": partition, "num-partitions": 10}, RecordDict(), {})
 
 
 class LoopbackGrid:
-    """Carries messages to clients and back, one after the other.
+    """A grid that carries messages to clients and back, one after the other.
 
-    `losses` says of each (round, node) whether the reply is dropped, as after a time-out.
+    `losses` returns for a round and a node whether the reply is dropped, as after a time-out.
     """
 
     def __init__(
@@ -43,7 +55,7 @@ class LoopbackGrid:
         losses: Callable[[int, int], bool] = lambda number, node: False,
         first_id: int = 100,
     ) -> None:
-        # What Flower sets in the process of a ServerApp.
+        # Flower sets these in the process of a ServerApp.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.app = app
         self.contexts = {first_id + k: context(first_id + k, k) for k in range(nodes)}
@@ -56,7 +68,7 @@ class LoopbackGrid:
         return list(self.contexts)
 
     def restart(self, node: int, new_id: int | None = None) -> None:
-        """Let a client start again: what it kept in its context is gone."""
+        """Replace a client by a new one with an empty context."""
         partition = self.contexts.pop(node).node_config["partition-id"]
         new_id = node if new_id is None else new_id
         self.contexts[new_id] = context(new_id, partition)
@@ -83,7 +95,7 @@ class LoopbackGrid:
 
 
 class Receding:
-    """A client's training, made up: parameters move towards a target that is the client's own."""
+    """A made-up training: parameters move towards a target that is the client's own."""
 
     def __init__(self, noise: float = 0.05, rate: float = 0.1) -> None:
         self.noise, self.rate = noise, rate
@@ -92,7 +104,7 @@ class Receding:
         new = {}
         for number, (name, array) in enumerate(arrays.items()):
             if name == "counter":
-                # As BatchNorm's: the client's is an integer, whatever the server made of it.
+                # An integer at the client, as BatchNorm's, whatever dtype the server sends.
                 new[name] = np.asarray(array.astype(np.int64) + 1)
                 continue
             if array.dtype.kind != "f":
@@ -100,12 +112,35 @@ class Receding:
                 continue
             rng = np.random.default_rng((partition, number))
             target = rng.normal(size=array.shape)
-            # Noise that depends on where the parameters are, and so on nothing that is kept.
+            # The noise depends on the parameters alone, so that no state is needed.
             seed = zlib.crc32(array.tobytes())
             noise = np.random.default_rng((partition, number, seed)).normal(size=array.shape)
             step = self.rate * (target - array.astype(float) + self.noise * noise)
-            new[name] = (array.astype(float) + step).astype(array.dtype)
+            with np.errstate(invalid="ignore"):  # A mask holds inf.
+                new[name] = (array.astype(float) + step).astype(array.dtype)
         return new
+
+
+class Kept(FedAvg):
+    """FedAvg that keeps the replies of the last round."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self.replies = list(replies)
+        return super().aggregate_train(server_round, self.replies)
+
+    def received(self) -> dict[int, dict[str, np.ndarray]]:
+        """Return the arrays of each client whose reply was no error."""
+        return {
+            m.metadata.src_node_id: {
+                name: array.numpy()
+                for record in m.content.array_records.values()
+                for name, array in record.items()
+            }
+            for m in self.replies
+            if not m.has_error()
+        }
 
 
 def make_app(
@@ -114,7 +149,7 @@ def make_app(
     before: Callable[[Message, Context], None] = lambda message, ctxt: None,
     **options: Any,
 ) -> ClientApp:
-    """Return a ClientApp that calls `before`, and trains as `Receding` does unless told else."""
+    """Return a ClientApp that calls `before` and then `train`, by default a `Receding`."""
     train = train or Receding(**options)
     app = ClientApp(mods=mods)
 
@@ -143,7 +178,7 @@ def make_app(
 
 
 def arrays_of(seed: int = 0, **others: np.ndarray) -> ArrayRecord:
-    """Return initial parameters: two of float32, and others."""
+    """Return initial parameters: two of float32, and `others`."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {
         "layer.weight": torch.randn(40, 30, generator=generator).numpy(),
@@ -159,3 +194,15 @@ def start(
     """Run a training, and return the parameters at its end."""
     result = strategy.start(grid, arrays, num_rounds=rounds)
     return {name: array.numpy() for name, array in result.arrays.items()}
+
+
+def one_round(
+    strategy: Strategy,
+    app: ClientApp | None = None,
+    tamper: Callable[[list[Message]], list[Message]] | None = None,
+) -> Result:
+    """Run a round with three clients, whose replies go through `tamper`."""
+    grid = LoopbackGrid(app or make_app([compression_mod]), 3)
+    if tamper:
+        grid.tamper = tamper
+    return strategy.start(grid, arrays_of(), num_rounds=1)

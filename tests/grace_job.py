@@ -1,7 +1,7 @@
 """A job of Horovod with a checkout of GRACE: ``python grace_job.py RESULT``.
 
-Trains on handwritten digits with each of GRACE's compressors as one of ours, alone and under LBGM,
-and with ours as GRACE's through GRACE's own communicators and memories.
+It trains on handwritten digits with each of GRACE's compressors as one of this package, alone and
+under LBGM, and with compressors of this package through GRACE's own communicators and memories.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lbgm_compress.adapters.grace import FromGrace, GraceCompressor
 from lbgm_compress.adapters.horovod import DistributedOptimizer
 
 STEPS = 80
-# Name of the module, class, arguments, and a learning rate for what it makes of gradients.
+# For each module: the class, its arguments, and a learning rate for the gradients that it decodes.
 COMPRESSORS = {
     "none": ("NoneCompressor", (), 0.1),
     "fp16": ("FP16Compressor", (), 0.1),
@@ -135,7 +135,7 @@ def grace_compressor():
             communicator = Allgather(GraceCompressor(compressor), memory(), world)
             name = f"Allgather({compressor!r}, {memory.__name__})"
             found[name] = train_in_grace(communicator, lr)
-    # Not with ResidualMemory, which would add what is lost a second time.
+    # ResidualMemory would add the lost part a second time.
     communicator = Allgather(GraceCompressor(ErrorFeedback(TopK(0.1))), NoneMemory(), world)
     found["Allgather(ErrorFeedback(TopK(0.1)), NoneMemory)"] = train_in_grace(communicator, 0.1)
     communicator = Broadcast(GraceCompressor(Identity()), NoneMemory(), world)

@@ -22,7 +22,7 @@ class Base:
 
 
 class LargestK(Base):
-    """Values and int64 indices."""
+    """A compressor that sends values and int64 indices."""
 
     def __init__(self, ratio):
         super().__init__()
@@ -39,7 +39,7 @@ class LargestK(Base):
 
 
 class Above(Base):
-    """As many values as are large enough: sizes differ."""
+    """A compressor that sends all values above a bound, so that sizes differ."""
 
     def __init__(self, bound=0.5):
         super().__init__(tensors_size_are_same=False)
@@ -58,7 +58,7 @@ class Above(Base):
 
 
 class Counted(Base):
-    """Draws indices from the count of its calls, and leaves them in the context alone."""
+    """A compressor that draws indices from a count of its calls, and does not send them."""
 
     def __init__(self, ratio):
         super().__init__()
@@ -80,7 +80,7 @@ class Counted(Base):
 
 
 class MomentumSigns(Base):
-    """Remembers a momentum under the tensor's name, votes, and sends 0-d tensors beside signs."""
+    """A compressor with a momentum for each name and a vote, which sends signs and a 0-d scale."""
 
     def __init__(self, momentum=0.9):
         super().__init__(average=False)
@@ -103,7 +103,7 @@ class MomentumSigns(Base):
 
 
 class Rounded(Base):
-    """Rounds at random, with torch's global generator."""
+    """A compressor that rounds at random, with torch's global generator."""
 
     def compress(self, tensor, name):
         noise = torch.empty_like(tensor).uniform_()
@@ -122,7 +122,7 @@ class NoMemory:
 
 
 class Residual(NoMemory):
-    """Decodes its own payload, as GRACE's memories do."""
+    """A memory that decompresses its own payload, as GRACE's memories do."""
 
     def __init__(self):
         self.residuals = {}
@@ -135,7 +135,7 @@ class Residual(NoMemory):
 
 
 class Communicator:
-    """Holds and calls a compressor, as GRACE's communicators do; moves nothing."""
+    """A communicator that calls its compressor as GRACE's do, and moves nothing."""
 
     def __init__(self, compressor):
         self.compressor = compressor

@@ -1,4 +1,4 @@
-"""GRACE's compressors as ours and ours as GRACE's: the protocol, and a real checkout."""
+"""The adapter for GRACE in both directions, with its protocol and with a real checkout."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ NAMES = {"FromGrace": FromGrace, **vars(protocol)}
 @pytest.mark.parametrize("compressor", WRAPPED, ids=repr)
 def test_every_law_holds_for_graces_compressors(compressor, wrap, dtype):
     base = awkward_shapes(dtype, seed=0)
-    # Beyond what its int8 can hold, one of them is as lossy as it likes.
+    # One of them rounds to int8, and does not keep larger values.
     del base["wide range"]
     run = [base, *({n: g * (1 - 0.1 * i) for n, g in base.items()} for i in range(3))]
     check_laws(wrap(compressor), run, NAMES)
@@ -141,12 +141,12 @@ def test_counted_draws_are_decoded_in_any_later_round():
         message = sender.compress({"w": grad})
         assert message.numel() == 21
         decoded = receiver.decompress(0, message)["w"]
-        # A multiple of the first one's draw: the others are drawn for the angle alone.
+        # The result is a multiple of the first draw. Later draws serve the angle alone.
         assert torch.equal(decoded != 0, first != 0)
 
 
 class Distracted(protocol.Base):
-    """Needs what only its own context holds."""
+    """A compressor that decompresses with its own context only."""
 
     def compress(self, tensor, name):
         return [tensor / tensor.abs().max()], tensor.abs().max()
@@ -168,15 +168,15 @@ class Forgetful(protocol.Base):
 
 
 class PowerSGDCompressor(Forgetful):
-    """Of the name that is refused."""
+    """A class of a name that is refused."""
 
 
 class EFSignSGDCompressor(Forgetful):
-    """Of the name that is refused."""
+    """A class of a name that is refused."""
 
 
 class DgcMemory(protocol.NoMemory):
-    """Of the name that is refused."""
+    """A class of a name that is refused."""
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_ours_work_in_graces_rounds_and_every_rank_gets_the_same_average(compres
             if compressor == Identity():
                 assert torch.allclose(averages[0], sum(grads) / 3, atol=1e-6)
             recycled += ranks[0][0].report()[name].recycled
-    # Fed-back errors of a sparsifier make each gradient unlike the one before.
+    # With the errors of a sparsifier fed back, no gradient is like the one before.
     if memory is protocol.NoMemory and compressor != ErrorFeedback(LBGM(Atomo(rank=2))):
         assert bool(recycled) == compressor.receiver_has_state
 
@@ -303,7 +303,7 @@ def test_sums_of_payloads_and_foreign_payloads_are_refused():
         one.decompress(same_rank, ctx)
     with pytest.raises(PayloadError, match="a rank's number and a message"):
         one.decompress([mine[:1]], ctx)
-    # A rank that has started anew cannot know what the others look back at.
+    # A rank that has restarted holds nothing that the others look back at.
     [recycled], _ = other.compress(grad, "w")
     with pytest.raises(OutOfSyncError):
         one.decompress([recycled], ctx)
@@ -407,7 +407,7 @@ needs_checkout = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Return what tests/grace_job.py found on two ranks."""
+    """Return the results of tests/grace_job.py on two ranks."""
     folder = tmp_path_factory.mktemp("grace")
     command = [sys.executable, str(ROOT / "tests" / "grace_job.py"), str(folder / "found.json")]
     done = horovodrun(
@@ -477,8 +477,7 @@ def in_torch_distributed(rank, path):
     averager = Averager(
         LBGM(FromGrace(TopKCompressor(0.5))), {"w": grad}, ProcessGroupTransport(dist.new_group())
     )
-    averager.agree()
-    sums = [averager.start({"w": grad}).finish({"w": torch.zeros(4, 5)})["w"] for _ in range(2)]
+    sums = [averager.average({"w": grad})["w"] for _ in range(2)]
     return mean, refusal, sums, averager.stats()["recycled_share"]
 
 

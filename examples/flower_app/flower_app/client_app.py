@@ -1,4 +1,4 @@
-"""The client: an app as ever, with one mod."""
+"""The client: an ordinary app with one mod."""
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp

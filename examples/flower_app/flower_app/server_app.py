@@ -1,4 +1,4 @@
-"""The server: a strategy as ever, with one around it."""
+"""The server: FedAvg inside a CompressedStrategy."""
 
 import random
 from pathlib import Path
@@ -9,8 +9,8 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file, save_file
 
 from flower_app.task import build_model, evaluate, load_images
+from lbgm_compress import parse_compressor
 from lbgm_compress.adapters.flower import CompressedStrategy, plot
-from lbgm_compress.compressors.parse import parse_compressor
 
 app = ServerApp()
 
@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     model = build_model(hidden, int(config["seed"]))
     if out and (out / "model.safetensors").exists():
-        # A server that was stopped goes on where it was.
+        # A server that was stopped continues from its last round.
         model.load_state_dict(load_file(out / "model.safetensors"))
         strategy.load(out / "held.safetensors")
 

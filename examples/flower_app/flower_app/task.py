@@ -1,4 +1,4 @@
-"""The model, the data, and how to train on them."""
+"""The model, the data, and the training."""
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def load_images(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def load_partition(number: int, clients: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Return a client's images and labels: its share of some of the classes."""
+    """Return the images (N, 64) and labels (N) of a client, which has some of the classes."""
     images, labels = load_images(train=True)
     chosen = []
     for digit in range(CLASSES):
@@ -49,7 +49,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, lr: floa
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return loss and accuracy."""
+    """Return the loss and the accuracy."""
     logits = model(images)
     loss = nn.functional.cross_entropy(logits, labels).item()
     return loss, (logits.argmax(1) == labels).float().mean().item()

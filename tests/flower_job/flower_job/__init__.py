@@ -1,1 +1,1 @@
-"""What the tests run in Flower."""
+"""The app that tests run in Flower."""

@@ -1,4 +1,4 @@
-"""A client that is late, or hangs, when the run's configuration says so."""
+"""A client that is late or hangs in the rounds that the run's configuration names."""
 
 import os
 import time

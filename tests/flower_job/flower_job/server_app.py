@@ -1,4 +1,4 @@
-"""A server that writes down whose replies it had, and its parameters."""
+"""A server that writes its parameters and the clients of each round to files."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
+from lbgm_compress import parse_compressor
 from lbgm_compress.adapters.flower import CompressedStrategy
-from lbgm_compress.compressors.parse import parse_compressor
 from tests.flower_loopback import arrays_of
 
 app = ServerApp()
 
 
 class Noting(FedAvg):
-    """FedAvg that notes the partitions whose replies it averages, round by round."""
+    """FedAvg that records the partitions whose replies it averages, for each round."""
 
     def __init__(self, out, **options):
         super().__init__(fraction_evaluate=0.0, **options)
