@@ -1,9 +1,10 @@
-"""The probe: what it says against what senders do, and that it leaves training alone."""
+"""The probe: its report against what senders send, and that it leaves the training alone."""
 
 from __future__ import annotations
 
 import csv
 import gc
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import compare
 from benchmarks.common.data import load
 from benchmarks.common.partition import partition, subsets
 from benchmarks.common.training import Training, Workers
@@ -50,7 +52,7 @@ def parameters_like(run):
     return [(name, torch.zeros_like(grad).requires_grad_()) for name, grad in run[0].items()]
 
 
-def played(run, **arguments):
+def replayed(run, **arguments):
     probe = LookBackProbe(parameters_like(run), cost=None, **arguments)
     for grads in run:
         probe.observe(grads)
@@ -95,9 +97,9 @@ def assert_rows_are_those_of_a_sender(rows, run, compressor):
     [Identity(), TopK(0.1), SignSGD(scaled=True), Atomo(2), ErrorFeedback(TopK(0.05))],
     ids=repr,
 )
-def test_every_threshold_is_played_as_a_sender_would_play_it(inner, batch):
+def test_every_threshold_is_replayed_as_a_sender_would_send_it(inner, batch):
     run = training_run(60, batch)
-    report = played(run, inner=inner)
+    report = replayed(run, inner=inner)
     for delta in DELTAS:
         compressor = LBGM(inner, delta)
         rows = [r for r in report.rows if r.method == repr(compressor) and r.steps == 1]
@@ -108,9 +110,9 @@ def test_every_threshold_is_played_as_a_sender_would_play_it(inner, batch):
         assert row.of_dense == pytest.approx(row.bytes_per_step / dense)
 
 
-def test_averages_are_played_as_a_sender_would_play_them():
+def test_averages_are_replayed_as_a_sender_would_send_them():
     run = training_run(67, 32)
-    report = played(run)
+    report = replayed(run)
     for steps in (2, 4, 8, 16):
         rows = [row for row in report.rows if row.steps == steps]
         sums = [
@@ -120,9 +122,9 @@ def test_averages_are_played_as_a_sender_would_play_them():
         assert_rows_are_those_of_a_sender(rows, sums, LBGM())
 
 
-def test_subspaces_are_played_as_a_sender_would_play_them():
+def test_subspaces_are_replayed_as_a_sender_would_send_them():
     run = training_run(40, 32)
-    report = played(run, ranks=(1, 4, 16))
+    report = replayed(run, ranks=(1, 4, 16))
     for rank in (1, 4, 16):
         compressor = LookBackSubspace(rank)
         rows = [row for row in report.rows if row.method == repr(compressor)]
@@ -206,7 +208,7 @@ def test_gradients_with_inf_are_counted_and_left_out():
     run = [dict(grads) for grads in training_run(10)]
     run[4]["hidden.bias"] = torch.full((32,), float("nan"))
     run[7]["output.bias"] = torch.full((10,), float("inf"))
-    report = played(run)
+    report = replayed(run)
     assert (report.rounds, report.skipped) == (10, 2)
     finite = [grads for i, grads in enumerate(run) if i not in (4, 7)]
     rows = [row for row in report.rows if row.method == "LBGM()" and row.steps == 1]
@@ -217,7 +219,7 @@ def test_gradients_with_inf_are_counted_and_left_out():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_precisions_are_watched(dtype):
     run = [{n: g.to(dtype) for n, g in grads.items()} for grads in training_run(20)]
-    report = played(run)
+    report = replayed(run)
     row = next(row for row in report.all_tensors() if row.method == "LBGM()")
     assert row.bytes_per_step * 20 == pytest.approx(sent(run, LBGM())[0])
 
@@ -230,11 +232,10 @@ def test_other_precisions_are_watched(dtype):
 def test_prediction_is_what_the_comparison_measures_in_open_loop(batch, tmp_path):
     rounds, inners, deltas = 60, (Identity(), TopK(0.1)), (0.05, 0.2)
     methods = [LBGM(inner, delta) for inner in inners for delta in deltas]
-    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), "--open-loop"]
-    command += ["--workers", "1", "--images", "300", "--rounds", str(rounds), "--lr", "0.05"]
-    command += ["--batch-size", str(batch or "full"), "--evaluate-every", str(rounds)]
-    command += ["--methods", ", ".join(map(repr, methods)), "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=150)
+    arguments = ["--open-loop", "--workers", "1", "--images", "300", "--rounds", str(rounds)]
+    arguments += ["--lr", "0.05", "--evaluate-every", str(rounds), "--out", str(tmp_path)]
+    arguments += ["--batch-size", str(batch or "full"), "--methods", ", ".join(map(repr, methods))]
+    assert compare.main(arguments) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     measured = {row["method"]: row for row in summary["methods"]}
 
@@ -422,7 +423,7 @@ def test_bytes_are_compared_with_those_of_gradients_that_there_were():
 
 def test_averages_of_half_precision_do_not_overflow():
     grad = {"weight": torch.full((50, 40), 1e4, dtype=torch.float16)}
-    report = played([grad] * 64)
+    report = replayed([grad] * 64)
     for row in report.all_tensors():
         if row.method == "LBGM()" and row.steps > 1:
             assert row.recycled_share == pytest.approx(1 - row.steps / 64)
@@ -432,7 +433,7 @@ def test_averages_of_half_precision_do_not_overflow():
 def test_errors_of_extreme_gradients_are_those_of_ordinary_ones(scale):
     ordinary = noisy(30, 0.6)
     extreme = [{n: g * scale for n, g in grads.items()} for grads in ordinary]
-    pairs = zip(played(ordinary).rows, played(extreme).rows, strict=True)
+    pairs = zip(replayed(ordinary).rows, replayed(extreme).rows, strict=True)
     errors = [(a.relative_error, b.relative_error) for a, b in pairs if not a.subspace]
     assert max(errors)[0] > 0.3
     for a, b in errors:
@@ -556,7 +557,7 @@ def noisy(rounds, noise, seed=0, shape=(64, 48)):
     ],
 )
 def test_advice_fits_the_noise(noise, expected):
-    report = played(noisy(128, noise))
+    report = replayed(noisy(128, noise))
     assert report.advice == str(report).splitlines()[-1]
     assert re.search(expected, report.advice), report.advice
 
@@ -564,12 +565,12 @@ def test_advice_fits_the_noise(noise, expected):
 def test_advice_where_nothing_helps_says_so():
     generator = torch.Generator().manual_seed(0)
     run = [{"bias": torch.randn(500, generator=generator).half()} for _ in range(40)]
-    assert "looking back saves little here" in played(run).advice
-    assert "it takes two to compare" in played(run[:1]).advice
+    assert "looking back saves little here" in replayed(run).advice
+    assert "it takes two to compare" in replayed(run[:1]).advice
 
 
 def test_report_names_every_method_and_tensor_and_its_cost(tmp_path):
-    report = played(training_run(20))
+    report = replayed(training_run(20))
     text = str(report)
     for method in ("LBGM(delta=0.05)", "LBGM(), 8 steps averaged", "LookBackSubspace(rank=16)"):
         assert method in text
@@ -627,6 +628,18 @@ if "fail" in sys.argv:
 """
 
 
+COMPRESSOR = """
+import dataclasses
+
+from lbgm_compress import TopK
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Mine(TopK):
+    pass
+"""
+
+
 def command(*arguments, launcher=(), cwd=None):
     return subprocess.run(
         [sys.executable, *launcher, "-m", "lbgm_compress.probe", *map(str, arguments)],
@@ -638,7 +651,21 @@ def command(*arguments, launcher=(), cwd=None):
     )
 
 
-def test_unmodified_script_is_watched_and_the_report_comes_at_its_end(tmp_path):
+@pytest.fixture
+def main_here(tmp_path, monkeypatch):
+    """Return the command as a function of this process, which has imported everything already."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("argv", "path"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    importlib.invalidate_caches()
+    before = set(sys.modules)
+    yield lambda *arguments: main([*map(str, arguments)])
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_unmodified_script_is_observed_and_the_report_comes_at_its_end(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     done = command(
         "--csv", "rows.csv", "--cost", "9", "train.py", "12", "--inner", "x", cwd=tmp_path
@@ -653,31 +680,44 @@ def test_unmodified_script_is_watched_and_the_report_comes_at_its_end(tmp_path):
     assert (tmp_path / "rows.csv").read_text().startswith("method,delta,steps,tensor")
 
 
-def test_script_with_several_optimizers_gets_a_report_for_each(tmp_path):
+def test_script_with_several_optimizers_gets_a_report_for_each(tmp_path, main_here, capsys):
     (tmp_path / "train.py").write_text(TWO_OPTIMIZERS)
-    done = command("--csv", "rows.csv", "train.py", cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.count("LookBackProbe: 9 gradients") == 2
-    assert "none requires a dense real gradient" in done.stdout
+    with pytest.raises(SystemExit) as stopped:
+        main_here("--csv", "rows.csv", "train.py")
+    assert stopped.value.code == 3
+    printed = capsys.readouterr().out
+    assert printed.count("LookBackProbe: 9 gradients") == 2
+    assert "none requires a dense real gradient" in printed
     assert (tmp_path / "rows.csv").exists()
     assert (tmp_path / "rows-2.csv").exists()
 
 
-def test_module_is_run_as_by_python_itself(tmp_path):
+def test_module_is_run_as_by_python_itself(tmp_path, main_here, capsys):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     (tmp_path / "package" / "train.py").write_text("from . import __name__ as where\n" + SCRIPT)
-    done = command("-m", "package.train", "6", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "LookBackProbe: 5 gradients" in done.stdout
+    assert main_here("-m", "package.train", "6") == 0
+    assert "LookBackProbe: 5 gradients" in capsys.readouterr().out
 
 
-def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
+def test_script_that_fails_is_reported_and_fails_as_before(tmp_path, main_here, capsys):
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = command("--inner", "TopK(0.1)", "train.py", "5", "fail", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "LBGM(TopK(0.1), delta=0.05)" in done.stdout
-    assert "ValueError: lost" in done.stderr
+    with pytest.raises(ValueError, match="lost"):
+        main_here("--inner", "TopK(0.1)", "train.py", "5", "fail")
+    assert "LBGM(TopK(0.1), delta=0.05)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", [".", "scripts"], ids=["here", "beside the script"])
+def test_compressor_of_one_s_own_is_found(folder, tmp_path, main_here, capsys):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text(SCRIPT)
+    (tmp_path / folder / "own_compressors.py").write_text(COMPRESSOR)
+    path = list(sys.path)
+    known = ("--known", "own_compressors:Mine")
+    assert main_here("--inner", "Mine(0.1)", *known, "scripts/train.py", "6") == 0
+    assert "LBGM(Mine(0.1), delta=0.05)" in capsys.readouterr().out
+    # The script finds its modules as it does without the probe.
+    assert sys.path == [str(tmp_path / "scripts"), *path[1:]]
 
 
 @pytest.mark.parametrize(
@@ -685,27 +725,28 @@ def test_script_that_fails_is_reported_and_fails_as_before(tmp_path):
     [
         (["missing.py"], "there is no script missing.py"),
         (["--inner", "TopK(2)", "train.py"], "ratio must be above 0 and at most 1, not 2"),
+        (["--inner", "Mine(0.1)", "train.py"], "unknown compressor 'Mine'"),
+        (["--known", "nowhere:Mine", "train.py"], "cannot import 'nowhere:Mine'"),
         (["--deltas", "0.1,2", "train.py"], "delta must be from 0 to 1, not 2.0"),
         (["--deltas", "much", "train.py"], "'much' are not numbers: write them as 0.05,0.2"),
         (["--cost", "0", "train.py"], "--cost must be above 0, not 0.0"),
         (["--csv", "no/rows.csv", "train.py"], "--csv no/rows.csv: there is no folder"),
     ],
 )
-def test_wrong_command_is_told_before_the_script_runs(
-    arguments, message, tmp_path, capsys, monkeypatch
+def test_wrong_command_is_refused_before_the_script_runs(
+    arguments, message, tmp_path, capsys, main_here
 ):
     (tmp_path / "train.py").write_text("raise SystemExit('ran')")
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        main_here(*arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_script_without_an_optimizer_says_so(tmp_path):
+def test_script_without_an_optimizer_says_so(tmp_path, main_here, capsys):
     (tmp_path / "train.py").write_text("print('hello')")
-    done = command("train.py", cwd=tmp_path)
-    assert done.stdout.splitlines() == [
+    assert main_here("train.py") == 0
+    assert capsys.readouterr().out.splitlines() == [
         "hello",
         "LookBackProbe: no optimizer of torch's has stepped in this process, and so nothing was "
         "seen.",
@@ -713,7 +754,7 @@ def test_script_without_an_optimizer_says_so(tmp_path):
 
 
 @pytest.mark.timeout(150)
-def test_the_ddp_example_is_watched_on_its_first_rank():
+def test_the_ddp_example_is_reported_on_its_first_rank():
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = command(ROOT / "examples" / "ddp_train.py", launcher=launcher)
     assert done.returncode == 0, done.stderr

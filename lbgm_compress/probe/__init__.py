@@ -1,7 +1,7 @@
-"""What LBGM and look-back subspaces would save in a training that runs without them.
+"""A probe that reports what LBGM would save in a training that runs without it.
 
-``python -m lbgm_compress.probe script.py [args]`` watches an unmodified script that steps a torch
-optimizer, and prints the report when the script ends.
+``python -m lbgm_compress.probe script.py [args]`` attaches it to an unmodified script that steps an
+optimizer of torch's, and prints the report when the script ends.
 
 >>> import torch
 >>> from lbgm_compress.probe import LookBackProbe

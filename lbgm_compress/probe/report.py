@@ -1,4 +1,4 @@
-"""What a probe saw: rows, a page of text, and a line of advice."""
+"""The report of a probe: rows of figures, a page of text, and advice."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from lbgm_compress._util.units import human_bytes
 
 __all__ = ["Report", "Row", "advice"]
 
-# Shares of the bytes above which a saving is worth a line of advice.
-WORTH = 0.3
-# Relative errors above which recycled gradients point elsewhere.
-TOO_FAR = 0.6
+# Smallest saving, as a share of the bytes, for which the advice names a method.
+WORTHWHILE = 0.3
+# Largest relative error at which recycled gradients still point in a similar direction.
+TOLERABLE_ERROR = 0.6
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method would have done to one tensor, or to all of them."""
+    """Figures of one method for one tensor, or for all tensors together."""
 
     method: str
     """The expression that builds the compressor."""
     delta: float
-    """Its threshold."""
+    """The compressor's threshold."""
     steps: int
-    """How many steps' gradients are averaged before they are sent."""
+    """Number of steps whose gradients are averaged before they are sent."""
     tensor: str | None
-    """The tensor's name; None for all together."""
+    """The tensor's name; None for all tensors together."""
     rounds: int
-    """Rounds that were played, each of `steps` steps."""
+    """Number of rounds that were replayed, each of `steps` steps."""
     recycled_share: float
-    """Share of the rounds in which the tensor is recycled; of all, the mean over tensors."""
+    """Share of the rounds in which the tensor is recycled; for all tensors, their mean share."""
     bytes_per_step: float
-    """Uplink; of all, that of whole messages."""
+    """Uplink in bytes; for all tensors, that of whole messages."""
     of_dense: float
-    """Share of what sending each step's gradient uncompressed would take."""
+    """Uplink as a share of that of uncompressed gradients, sent in each step."""
     saved: float
-    """Share of the bytes that recycling saves, of what the method sends in full."""
+    """Share of the method's uplink without recycling that recycling saves."""
     relative_error: float
     """Root mean square over rounds of |g - applied| / |g|."""
     subspace: bool
-    """Whether it is a `LookBackSubspace`."""
+    """Whether the method is a `LookBackSubspace`."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a probe saw; `str` gives it as a page of text."""
+    """The results of a probe; `str` gives them as a page of text."""
 
     rows: Sequence[Row]
     rounds: int
-    """Gradients seen."""
+    """Number of gradients that were observed."""
     skipped: int
-    """Gradients with inf or nan, which are sent as they are and left out here."""
+    """Number of those with inf or nan, which are sent as they are and left out of `rows`."""
     dense_bytes: float
-    """What one step's gradients weigh uncompressed, as a message; the mean over steps."""
+    """Size of a message with one step's uncompressed gradients in bytes; the mean over steps."""
     seconds: float
-    """What the probe took of the time since it was attached."""
+    """Time that the probe took."""
     share_of_time: float
-    """The same, as a share."""
+    """The same, as a share of the time since the probe was created."""
     left_out: Sequence[str]
-    """Parameters that had no gradient, or one that cannot be compressed."""
+    """Names of parameters without a gradient, or with one that cannot be compressed."""
     stopped: str | None
-    """The error that ended watching, if one did; the training went on."""
+    """The error that detached the probe, if there was one; the training went on."""
     advice: str
     """One or two sentences."""
 
     def all_tensors(self) -> list[Row]:
-        """Return the rows about all tensors together."""
+        """Return the rows for all tensors together."""
         return [row for row in self.rows if row.tensor is None]
 
     def write_csv(self, file: str | os.PathLike[str]) -> None:
@@ -83,7 +83,7 @@ class Report:
                 writer.writerow("" if value is None else value for value in values)
 
     def __str__(self) -> str:
-        """Lay out the rows about all tensors, the shares of each tensor, and the advice."""
+        """Return the rows for all tensors, the recycled shares of each tensor, and the advice."""
         lines = []
         if self.rows:
             lines += [self._summary(), "", *_aligned(self._methods()), ""]
@@ -133,15 +133,25 @@ class Report:
 
 
 def advice(rows: Sequence[Row], rounds: int, skipped: int, updates: bool) -> str:
-    """Say in a sentence or two what the rows mean."""
+    """Return one or two sentences about what to use.
+
+    Parameters
+    ----------
+    rows
+        Rows of a report.
+    rounds, skipped
+        Number of gradients that were observed, and of those with inf or nan.
+    updates
+        Whether updates were observed in the place of gradients.
+    """
     whole = [row for row in rows if row.tensor is None]
     plain = [row for row in whole if row.steps == 1 and not row.subspace]
     if not plain or plain[0].rounds < 2:
         return _too_few(rounds, skipped, updates)
     here = min(plain, key=lambda row: abs(row.delta - 0.2))
     said = f"{here.recycled_share:.0%} of the tensors recycle with {here.method}"
-    if here.saved >= WORTH:
-        if here.relative_error > TOO_FAR:
+    if here.saved >= WORTHWHILE:
+        if here.relative_error > TOLERABLE_ERROR:
             return (
                 f"{said}, but gradients would be off by {here.relative_error:.0%}: that is too "
                 "far. Try a lower threshold."
@@ -154,7 +164,7 @@ def advice(rows: Sequence[Row], rounds: int, skipped: int, updates: bool) -> str
     said = f"At this batch size {said}"
     averages = [row for row in whole if row.steps > 1 and row.rounds > 2]
     for row in averages:
-        if row.saved >= max(WORTH, 2 * here.saved):
+        if row.saved >= max(WORTHWHILE, 2 * here.saved):
             return (
                 f"{said}; averaging gradients over {row.steps} steps before sending would make it "
                 f"{row.recycled_share:.0%}, and save {row.saved:.0%} of the bytes of messages, of "
@@ -162,7 +172,7 @@ def advice(rows: Sequence[Row], rounds: int, skipped: int, updates: bool) -> str
             )
     if averages:
         said += f", and {averages[-1].recycled_share:.0%} averaged over {averages[-1].steps} steps"
-    # Error feedback makes up for most of what a subspace misses.
+    # Error feedback brings back most of what a subspace misses.
     useful = [row for row in whole if row.subspace and row.rounds > 1 and row.of_dense < 0.5]
     useful = [row for row in useful if row.relative_error <= 0.95]
     if not useful:
