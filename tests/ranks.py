@@ -17,10 +17,19 @@ import torch.distributed as dist
 
 __all__ = ["Failed", "run_ranks"]
 
-# A server that has imported torch once forks the ranks: they start in no time, and inherit neither
-# the tests' threads nor their open files.
+# A server that has imported once what ranks need forks them: they start in milliseconds, and inherit
+# neither the tests' threads nor their open files.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "lbgm_compress.adapters.ddp"])
+CONTEXT.set_forkserver_preload(
+    [
+        "lbgm_compress.adapters.ddp",
+        "pytest",
+        "tests.laws",
+        "tests.training",
+        # DistributedDataParallel imports it, which takes more than a second.
+        "torch._dynamo",
+    ]
+)
 
 
 class Failed:

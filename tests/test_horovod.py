@@ -473,16 +473,16 @@ def overlap(rank):
     model = nn.ModuleDict({"first": first, "last": last})
     optimizer = wrapped(model, Identity(), bucket_cap_mb=0.0005)
     transport = optimizer.compression.transport
-    threads, start = set(), transport.start
+    threads, begin = set(), transport.begin_gather
     Waits.sent = threading.Event()
 
     def watched(*arguments):
-        pending = start(*arguments)
+        pending = begin(*arguments)
         threads.add(threading.get_ident())
         Waits.sent.set()
         return pending
 
-    transport.start = watched
+    transport.begin_gather = watched
     x, y = data(rank, 0)
     nn.functional.cross_entropy(last(Waits.apply(first(x))), y).backward()
     optimizer.step()

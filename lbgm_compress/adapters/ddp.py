@@ -7,14 +7,18 @@
 ...     model.register_comm_hook(state, compression_hook)
 ...     return state
 
-Every rank encodes its gradients, all ranks gather the messages, and each adds up the same decoded
-tensors in rank order: averages are bit-identical on all ranks, and replicas do not drift apart.
+Each rank encodes its gradients, all ranks gather the messages, and each adds up the same decoded
+tensors in rank order. So the averages have the same bits on all ranks, and replicas do not drift
+apart.
 
-Memory of a rank, beyond what `DistributedDataParallel` takes, for K ranks, a model of M bytes and
-compressed look-back gradients of C bytes (C = M for ``LBGM()``, about ratio * M + indices for
-``LBGM(TopK(ratio))``): between steps M + (K - 1) C under LBGM, nothing for compressors without a
-memory, and M for each `ErrorFeedback`; in a step, for one bucket of B bytes at a time, B for the
-average and the messages of all ranks, at most K B.
+Memory of a rank beyond what `DistributedDataParallel` takes, for K ranks, a model of M bytes and
+compressed look-back gradients of C bytes (C = M for ``LBGM()``, about ratio * M and the indices for
+``LBGM(TopK(ratio))``):
+
+- between steps, M + (K - 1) C for LBGM, nothing for compressors without a state, and M for each
+  `ErrorFeedback`;
+- in a step, for one bucket of B bytes at a time, B for the average, and at most K B for the
+  messages of all ranks.
 """
 
 # Without `from __future__ import annotations`: `register_comm_hook` compares annotations by value.
@@ -28,37 +32,38 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lbgm_compress.collective.averager import Averager, Worker, ready_event, stream_after, sum_dtype
+from lbgm_compress.collective.averager import Average, sum_dtype
+from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.transport import ProcessGroupTransport
 from lbgm_compress.compressor import Compressor
 
 __all__ = ["CompressionState", "compression_hook"]
 
 
-class CompressionState(Averager):
-    """What `compression_hook` needs to know and keeps, for one model on one rank.
+class CompressionState(BackgroundAverager):
+    """The state of `compression_hook`, for one model on one rank.
 
-    To build one is a collective: all ranks of the process group do, for their models in the same
-    order.
+    Building one is a collective call: all ranks of the process group build theirs, for their
+    models in the same order.
 
     Parameters
     ----------
     compressor
-        What compresses the gradients: any, the same on all ranks.
+        Compresses the gradients: any compressor, the same on all ranks.
     named_parameters
         ``model.named_parameters()``, of the model or of its wrapper, the same on all ranks.
     process_group
         The group that the model was wrapped with; the default group unless given.
     start_step
-        How many steps of plain all-reduce come first. Gradients change fastest at the start.
+        Number of steps of plain all-reduce at the beginning. Gradients change fastest there.
     weight
         This rank's weight in the average, for example its number of samples; positive. Its share
-        is the weight divided by the sum of all ranks' weights.
+        is the weight divided by the sum of the weights of all ranks.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be.
+        If an argument is of the wrong type or out of range.
     RuntimeError
         If `torch.distributed` is not initialised.
     """
@@ -78,23 +83,38 @@ class CompressionState(Averager):
         transport = ProcessGroupTransport(_group_like(self.process_group))
         super().__init__(compressor, parameters, transport, start_step, weight)
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        # Parameters are told apart by their identity, which lasts while they do.
+        # Keeps the parameters alive, so that no other tensor gets one of their ids.
         self._parameters = list(parameters.values())
-        self._error: BaseException | None = None
-        self._worker = Worker(self)
 
     def _hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        self.check_usable()
-        if not self.agreed:
-            self._worker.run(self.agree)
-        last, warming_up = bucket.is_last(), self.warming_up
-        self.step += last
-        if warming_up:
-            factor = self.share * self.transport.size
-            if factor != 1:
-                bucket.buffer().mul_(factor)
-            return allreduce_hook(self.process_group, bucket)
-        buffer, grads = bucket.buffer(), {}
+        self.begin_step()
+        future = self._all_reduce(bucket) if self.warming_up else self._submit(bucket)
+        if bucket.is_last():
+            self.end_step()
+        return future
+
+    def _all_reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Average as without a hook: on the model's own group, beside the backward pass."""
+        factor = self.share * self.transport.size
+        if factor != 1:
+            bucket.buffer().mul_(factor)
+        return allreduce_hook(self.process_group, bucket)
+
+    def _submit(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        buffer, grads = bucket.buffer(), self._named_gradients(bucket)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[buffer.device] if buffer.device.type == "cuda" else None
+        )
+
+        def deliver(average: Average | None) -> None:
+            # Without a result the backward pass would never end; `end_step` raises the error.
+            future.set_result(buffer if average is None else _flat(average, buffer, grads))
+
+        self.submit(grads, deliver)
+        return future
+
+    def _named_gradients(self, bucket: GradBucket) -> dict[str, Tensor]:
+        grads = {}
         for parameter, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
             if id(parameter) not in self._names:
                 raise ValueError(
@@ -102,47 +122,7 @@ class CompressionState(Averager):
                     "named_parameters that CompressionState was given: build it from the same model"
                 )
             grads[self._names[id(parameter)]] = grad
-        ready = ready_event(buffer.device)
-        future: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=None if ready is None else [buffer.device]
-        )
-
-        def work() -> None:
-            # Without a result the backward pass would never end; its last hook raises the error.
-            try:
-                if self._error is None:
-                    with stream_after(ready, buffer.device):
-                        future.set_result(self._average(buffer, grads))
-                    return
-            except BaseException as error:
-                self._error = error
-            future.set_result(buffer)
-
-        self._worker.submit(work)
-        if last:
-            self._end_step()
-        return future
-
-    def _end_step(self) -> None:
-        """Wait for the worker, and raise what it met."""
-        self._worker.run(lambda: None)
-        if self._error is not None:
-            error, self._error = self._error, None
-            self.fail(error)
-            raise error
-
-    def _average(self, buffer: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
-        out = torch.zeros_like(buffer, dtype=sum_dtype(buffer.dtype))
-        into = {
-            name: out.as_strided(
-                grad.shape, grad.stride(), grad.storage_offset() - buffer.storage_offset()
-            )
-            for name, grad in grads.items()
-        }
-        for name, average in self.start(grads).finish(into).items():
-            if average is not into[name]:
-                into[name].copy_(average)
-        return out.to(buffer.dtype)
+        return grads
 
 
 def compression_hook(
@@ -150,8 +130,8 @@ def compression_hook(
 ) -> torch.futures.Future[torch.Tensor]:
     """Average the gradients of a bucket over all ranks, in compressed form.
 
-    For ``model.register_comm_hook(state, compression_hook)``. Work is done on one thread with a
-    process group of its own, beside the backward pass.
+    For ``model.register_comm_hook(state, compression_hook)``. One thread with a process group of
+    its own encodes, exchanges and decodes, beside the backward pass.
 
     Raises
     ------
@@ -163,6 +143,21 @@ def compression_hook(
     return state._hook(bucket)
 
 
+def _flat(average: Average, buffer: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
+    """Finish an average in the layout of a bucket's buffer, whose views the gradients are."""
+    out = torch.zeros_like(buffer, dtype=sum_dtype(buffer.dtype))
+    into = {
+        name: out.as_strided(
+            grad.shape, grad.stride(), grad.storage_offset() - buffer.storage_offset()
+        )
+        for name, grad in grads.items()
+    }
+    for name, finished in average.finish(into).items():
+        if finished is not into[name]:
+            into[name].copy_(finished)
+    return out.to(buffer.dtype)
+
+
 def _default_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
@@ -172,7 +167,7 @@ def _default_group() -> dist.ProcessGroup:
 def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Return a new group of the same ranks, with the same backend and time-out.
 
-    Two users of one group would mix up their collectives.
+    The averages need one of their own: two users of one group would mix up their collectives.
     """
     ranks = dist.get_process_group_ranks(group)
     made = dist.new_group(
@@ -186,7 +181,7 @@ def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def _timeout(group: dist.ProcessGroup) -> datetime.timedelta | None:
-    """Return the time-out that a group was made with, or None where it does not tell."""
+    """Return the time-out that a group was made with, or None if its backend does not tell."""
     backend = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     try:
         timeout = group._get_backend(torch.device(backend)).options._timeout

@@ -1,1 +1,20 @@
-"""What engines whose ranks exchange messages share: transports, averaging, a background thread."""
+"""Averages over ranks, for engines of any kind: transports, averaging, a background thread."""
+
+from lbgm_compress.collective.averager import Average, Averager
+from lbgm_compress.collective.background import BackgroundAverager
+from lbgm_compress.collective.transport import (
+    BodyLength,
+    Pending,
+    ProcessGroupTransport,
+    Transport,
+)
+
+__all__ = [
+    "Average",
+    "Averager",
+    "BackgroundAverager",
+    "BodyLength",
+    "Pending",
+    "ProcessGroupTransport",
+    "Transport",
+]

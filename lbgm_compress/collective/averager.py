@@ -1,43 +1,44 @@
-"""The average of all ranks' gradients, whatever engine moves their messages.
+"""The average of the gradients of all ranks, on any transport.
 
-What the adapters for `torch.distributed` and Horovod share: every rank encodes its gradients, all
-ranks gather the messages, and each adds up the same decoded tensors in rank order. Averages are
-bit-identical on all ranks, and replicas do not drift apart.
+Each rank encodes its gradients, all ranks gather the messages, and each adds up the same decoded
+tensors in rank order. So the averages have the same bits on all ranks, and replicas do not drift
+apart.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
-import queue
 import struct
-import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lbgm_compress.collective.transport import Transport, gather_texts
+from lbgm_compress._util.checks import check_number, check_whole
+from lbgm_compress.collective.transport import Pending, Transport, gather_texts
 from lbgm_compress.compressor import Compressor
+from lbgm_compress.decoded import Decoded
 from lbgm_compress.endpoints import Receiver, Sender
+from lbgm_compress.wire.message import body_size
 
-__all__ = ["Average", "Averager", "Worker", "ready_event", "stream_after", "sum_dtype"]
+__all__ = ["Average", "Averager", "body_length", "sum_dtype"]
 
 FORMAT = 1
-# Seconds to wait for a thread whose owner is gone; it may be waiting for a rank that is, too.
-END_TIMEOUT = 5.0
 STATE_KEYS = frozenset({"format", "rank", "world_size", "step", "sender", "receiver"})
+DIGEST_SIZE = 16
 
 
 @dataclass
 class Traffic:
-    """What one parameter has cost so far."""
+    """Bytes and recycled tensors of one parameter, summed over the steps so far."""
 
     message_bytes: int = 0
     dense_bytes: int = 0
@@ -45,7 +46,7 @@ class Traffic:
     steps: int = 0
 
     def stats(self) -> dict[str, float]:
-        """Return the counts, and the shares that they give."""
+        """Return the sums, the ratio of the bytes, and the share of recycled tensors."""
         return {
             "message_bytes": self.message_bytes,
             "dense_bytes": self.dense_bytes,
@@ -54,49 +55,153 @@ class Traffic:
         }
 
 
-class Average(NamedTuple):
-    """An average that is under way."""
+class Average(abc.ABC):
+    """An average whose exchange has begun: see `Averager.begin`."""
 
-    ready: Callable[[], bool]
-    """Says whether all messages are here."""
-    finish: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """Waits for them, and adds up in the given tensors, which have the gradients' shapes and hold
-    zeros; returns the averages by name: those tensors, or new ones if the compressor finishes
-    the average."""
+    def __init__(
+        self,
+        pending: Pending[Any],
+        grads: Mapping[str, Tensor],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._pending = pending
+        self._grads = grads
+        self._fail = fail
+
+    def ready(self) -> bool:
+        """Return whether the data of all ranks is here, so that `finish` would not wait."""
+        return self._pending.ready()
+
+    def finish(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Wait for the other ranks, and return the averages by name. Call it once.
+
+        Parameters
+        ----------
+        into
+            Tensors by name, with the shapes of the gradients and the dtype that `sum_dtype`
+            returns for theirs, which hold zeros: the sums are taken there. New ones unless given.
+
+        Returns
+        -------
+        dict
+            The averages by name, with the dtypes of the gradients; with `into`, in its dtypes,
+            and then either its tensors or others.
+
+        Raises
+        ------
+        PayloadError
+            If a message cannot be decoded, or another rank has another release of this package.
+        RuntimeError
+            If another rank could not encode its gradients, or cannot be reached.
+        """
+        try:
+            averages = self._finish(into)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        if into is None:
+            return {name: average.to(self._grads[name].dtype) for name, average in averages.items()}
+        return averages
+
+    @abc.abstractmethod
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return the averages in any dtype."""
+
+
+class DenseAverage(Average):
+    """An average by one all-reduce, whose pending result is all gradients end to end."""
+
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        parts = torch.split(self._pending.result(), [g.numel() for g in self._grads.values()])
+        return {
+            name: part.view(grad.shape)
+            for (name, grad), part in zip(self._grads.items(), parts, strict=True)
+        }
+
+
+class CompressedAverage(Average):
+    """An average of messages, one of each rank, of which this rank's own is not decoded."""
+
+    def __init__(
+        self,
+        pending: Pending[list[Tensor]],
+        grads: Mapping[str, Tensor],
+        fail: Callable[[BaseException], None],
+        own: Mapping[str, Decoded],
+        receiver: Receiver,
+        shares: Sequence[float],
+        rank: int,
+    ) -> None:
+        super().__init__(pending, grads, fail)
+        self._own = own
+        self._receiver = receiver
+        self._shares = shares
+        self._rank = rank
+
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        messages = self._pending.result()
+        sums = _zeros(self._grads) if into is None else into
+        for rank, (message, share) in enumerate(zip(messages, self._shares, strict=True)):
+            if rank == self._rank:
+                for name, decoded in self._own.items():
+                    decoded.add_to(sums[name], share)
+            else:
+                self._receiver.accumulate(rank, message, sums, share, names=self._grads)
+        return self._receiver.finish({name: sums[name] for name in self._grads})
 
 
 class Averager:
-    """One rank's sender, and its receiver for the other ranks.
+    """Averages gradients over the ranks of a transport. It is one rank's part.
 
-    A rank does not decode its own message: what it stands for is known from encoding.
+    It holds the rank's sender, and a receiver for the messages of the other ranks.
+
+    All ranks call `average` for each step, or `begin` for each part of the gradients of a step and
+    `end_step` after the last. They are to call in the same order with the same names.
 
     Parameters
     ----------
     compressor
-        What compresses the gradients: any, the same on all ranks.
+        Compresses the gradients: any compressor, the same on all ranks.
     parameters
         Tensors with the names, shapes, dtypes and device of the gradients, the same on all ranks.
     transport
-        What connects the ranks.
+        Connects the ranks.
     start_step
-        How many steps of plain all-reduce come first. Gradients change fastest at the start.
+        Number of steps of plain all-reduce at the beginning. Gradients change fastest there.
     weight
         This rank's weight in the average, for example its number of samples; positive. Its share
-        is the weight divided by the sum of all ranks' weights.
+        is the weight divided by the sum of the weights of all ranks.
+    must_match
+        Further lines, each a name and a value, that must be the same on all ranks.
 
     Attributes
     ----------
     compressor, transport, start_step
         As given.
+    description : str
+        Lines that are the same on all ranks.
     step : int
-        The steps so far.
+        Number of steps so far.
     sender, receiver
         The ends.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be.
+        If an argument is of the wrong type or out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lbgm_compress import LBGM
+    >>> from lbgm_compress.collective import Averager, Transport
+    >>> class Alone(Transport):
+    ...     rank, size = 0, 1
+    ...     def gather_equal(self, data):
+    ...         return data.view(1, -1).clone()
+    >>> averager = Averager(LBGM(), {"w": torch.empty(2)}, Alone())
+    >>> averager.average({"w": torch.ones(2)})
+    {'w': tensor([1., 1.])}
     """
 
     def __init__(
@@ -106,15 +211,14 @@ class Averager:
         transport: Transport,
         start_step: int = 0,
         weight: float = 1.0,
+        must_match: Sequence[str] = (),
     ) -> None:
         if not isinstance(compressor, Compressor):
             raise TypeError(
                 f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
             )
-        if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
-            raise ValueError(f"start_step must be a whole number of at least 0, not {start_step!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"weight must be a number, not {weight!r}")
+        check_whole("start_step", start_step, 0)
+        check_number("weight", weight, error=TypeError)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be above 0 and finite, not {weight}")
         if not parameters:
@@ -128,11 +232,12 @@ class Averager:
         self._weight = float(weight)
         self._shares: list[float] = []
         self._device = next(iter(parameters.values())).device
-        self._description = [f"compressor {compressor!r}", f"start_step {start_step}"]
-        self._description += [
+        lines = [f"compressor {compressor!r}", f"start_step {start_step}"]
+        lines += [
             f"parameter {name!r} of shape {tuple(p.shape)} and {p.dtype}"
             for name, p in parameters.items()
         ]
+        self.description = "\n".join([*lines, *must_match])
         self._members: tuple[int, int] | None = None
         self._failure: BaseException | None = None
         self._traffic = {name: Traffic() for name in parameters}
@@ -140,23 +245,108 @@ class Averager:
 
     @property
     def warming_up(self) -> bool:
-        """Whether the step that is going on is one of plain all-reduce."""
+        """Whether this step is one of plain all-reduce."""
         return self.step < self.start_step
 
     @property
     def share(self) -> float:
-        """This rank's share of the average, known once the ranks agree."""
+        """This rank's share of the average, known after `verify_ranks_match`."""
         return self._shares[self.transport.rank]
 
     @property
-    def agreed(self) -> bool:
-        """Whether `agree` has nothing to do."""
+    def ranks_match(self) -> bool:
+        """Whether these ranks have been compared, so that `verify_ranks_match` is not needed."""
         return self._members == (self.transport.rank, self.transport.size)
 
-    def agree(self) -> None:
-        """Compare what the ranks were given. All ranks do so, before their first step.
+    def average(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Average gradients over all ranks: one step.
 
-        Where an elastic engine has changed the ranks since, look-back gradients are dropped.
+        Parameters
+        ----------
+        grads
+            This rank's gradients by name: all parameters or some, the same on all ranks. They are
+            not modified.
+
+        Returns
+        -------
+        dict
+            The averages by name, with the shapes, dtypes and device of `grads`, and the same bits
+            on all ranks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient is not dense, not of floating point, or not as the parameter that it is
+            named after. In the first step, on every rank, if the ranks were given different
+            compressors or models.
+        RuntimeError
+            If another rank could not encode its gradients, or cannot be reached, or if an earlier
+            step failed.
+        """
+        averages = self.begin(grads).finish()
+        self.end_step()
+        return averages
+
+    def begin(self, grads: Mapping[str, Tensor]) -> Average:
+        """Encode some or all gradients of a step, and begin to exchange them.
+
+        Several averages can be under way at one time. They are finished in the order in which they
+        began, and `grads` must not change until then. Parameters and errors are those of `average`.
+        """
+        self.check_usable()
+        if not self.ranks_match:
+            self.verify_ranks_match()
+        try:
+            return self._begin_dense(grads) if self.warming_up else self._begin_compressed(grads)
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def end_step(self) -> None:
+        """Count a step whose averages have all been finished."""
+        self.step += 1
+
+    def _begin_dense(self, grads: Mapping[str, Tensor]) -> Average:
+        dtype = functools.reduce(torch.promote_types, (sum_dtype(g.dtype) for g in grads.values()))
+        flat = torch.cat([grad.reshape(-1).to(dtype) for grad in grads.values()]).mul_(self.share)
+        pending = self.transport.begin_all_reduce(flat, f"dense.{min(grads)}")
+        return DenseAverage(pending, grads, self.fail)
+
+    def _begin_compressed(self, grads: Mapping[str, Tensor]) -> Average:
+        head_size = self.receiver.head_size(grads)
+        try:
+            message, own = self.sender.encode(grads)
+        except Exception:
+            # The other ranks wait for a head.
+            nothing = torch.zeros(head_size, dtype=torch.uint8, device=self._device)
+            with contextlib.suppress(RuntimeError):
+                self._gather(nothing, head_size, grads).result()
+            raise
+        self._count(grads, message)
+        pending = self._gather(message, head_size, grads)
+        rank = self.transport.rank
+        return CompressedAverage(pending, grads, self.fail, own, self.receiver, self._shares, rank)
+
+    def _gather(
+        self, message: Tensor, head_size: int, grads: Mapping[str, Tensor]
+    ) -> Pending[list[Tensor]]:
+        return self.transport.begin_gather(message, head_size, body_length, min(grads))
+
+    def _count(self, grads: Mapping[str, Tensor], message: Tensor) -> None:
+        self._message_bytes += message.numel()
+        for name, report in self.sender.report().items():
+            traffic = self._traffic[name]
+            traffic.message_bytes += report.bytes
+            traffic.dense_bytes += grads[name].numel() * grads[name].element_size()
+            traffic.recycled += report.recycled
+            traffic.steps += 1
+
+    def verify_ranks_match(self) -> None:
+        """Compare what the ranks were given, and exchange their weights and steps.
+
+        All ranks do so together. `begin` calls this before the first step, and after an elastic
+        engine has changed the ranks; in that case look-back gradients are dropped, and the next
+        step is sent in full. A rank that joins goes on at the step of the others.
 
         Raises
         ------
@@ -166,57 +356,32 @@ class Averager:
         if self._members is not None:
             self.reset()
             self._members = None
-        digest = hashlib.blake2b("\n".join(self._description).encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(self.description.encode(), digest_size=DIGEST_SIZE).digest()
         mine = digest + struct.pack("<qd", self.step, self._weight)
         data = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device)
         rows = [bytes(row) for row in self.transport.gather_equal(data).tolist()]
-        if any(row[:16] != digest for row in rows):
-            self._tell_difference()
-        numbers = [struct.unpack("<qd", row[16:]) for row in rows]
-        # A rank that has joined a running job goes on where the others are.
+        if any(row[:DIGEST_SIZE] != digest for row in rows):
+            self._raise_difference()
+        numbers = [struct.unpack("<qd", row[DIGEST_SIZE:]) for row in rows]
         self.step = max(step for step, _ in numbers)
         total = sum(weight for _, weight in numbers)
         self._shares = [weight / total for _, weight in numbers]
         self._members = self.transport.rank, self.transport.size
 
-    def start(self, grads: Mapping[str, Tensor]) -> Average:
-        """Encode gradients, and begin to exchange them.
-
-        `grads` are this rank's gradients by name: any part of the tensors, the same on all ranks.
-        They must not change until the average is finished.
-        """
-        head_size = self.receiver.head_size(grads)
-        try:
-            message, own = self.sender.encode(grads)
-        except Exception:
-            # The other ranks wait for a head.
-            nothing = torch.zeros(head_size, dtype=torch.uint8, device=self._device)
-            with contextlib.suppress(RuntimeError):
-                self.transport.start(nothing, head_size, min(grads)).messages()
-            raise
-        self._message_bytes += message.numel()
-        for name, report in self.sender.report().items():
-            traffic = self._traffic[name]
-            traffic.message_bytes += report.bytes
-            traffic.dense_bytes += grads[name].numel() * grads[name].element_size()
-            traffic.recycled += report.recycled
-            traffic.steps += 1
-        pending = self.transport.start(message, head_size, min(grads))
-
-        def finish(into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            for rank, received in enumerate(pending.messages()):
-                share = self._shares[rank]
-                if rank == self.transport.rank:
-                    for name, decoded in own.items():
-                        decoded.add_to(into[name], share)
-                else:
-                    self.receiver.accumulate(rank, received, into, share, names=grads)
-            return self.receiver.finish({name: into[name] for name in grads})
-
-        return Average(pending.ready, finish)
+    def _raise_difference(self) -> None:
+        """Raise `ValueError` that names the first difference between two ranks."""
+        theirs = gather_texts(self.transport, self.description, self._device)
+        first = theirs[0].split("\n")
+        for rank, other in enumerate(theirs):
+            for a, b in itertools.zip_longest(first, other.split("\n"), fillvalue="nothing"):
+                if a != b:
+                    raise ValueError(
+                        f"the ranks were given different compressors or models: rank 0 has {a} "
+                        f"where rank {rank} has {b}"
+                    )
 
     def stats(self) -> dict[str, Any]:
-        """Return what this rank has sent since it was built, warm-up aside.
+        """Return what this rank has sent since it was built, without the all-reduced steps.
 
         Returns
         -------
@@ -225,44 +390,51 @@ class Averager:
             their ``ratio``, ``recycled_share`` (the share of tensors sent as a coefficient alone),
             and ``parameters``: the same by parameter, without the messages' own bytes.
         """
-        total = Traffic()
+        total = Traffic(message_bytes=self._message_bytes)
         for traffic in self._traffic.values():
             total.dense_bytes += traffic.dense_bytes
             total.recycled += traffic.recycled
             total.steps += traffic.steps
-        total.message_bytes = self._message_bytes
         return {
             **total.stats(),
             "parameters": {name: traffic.stats() for name, traffic in self._traffic.items()},
         }
 
     def reset(self) -> None:
-        """Forget all look-back gradients, on all ranks: the next step is full. Residuals stay."""
+        """Forget all look-back gradients: the next step is sent in full. Residuals stay.
+
+        All ranks do so before the same step.
+        """
         self.sender.reset()
         for rank in self.receiver.senders():
             self.receiver.drop(rank)
 
     def rejoin(self) -> None:
-        """Take the ranks for others, and what they hold for lost: the next step is full."""
+        """Prepare for a step among ranks that may be others, and in other states.
+
+        Look-back gradients are dropped, and `verify_ranks_match` is needed. A step that failed is
+        forgotten.
+        """
         self.reset()
         self._members = None
         self._failure = None
 
     def fail(self, error: BaseException) -> None:
-        """Remember what broke a step, after which the ranks are no longer in step."""
+        """Record the error of a step, after which the states of the ranks do not match."""
         self._failure = error
 
     def check_usable(self) -> None:
-        """Raise `RuntimeError` after a step that failed."""
+        """Raise `RuntimeError` if an earlier step failed."""
         if self._failure is not None:
             raise RuntimeError(
                 "an earlier step failed, and the ranks are no longer in step: load a checkpoint"
             ) from self._failure
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on, as a nested dict of tensors and numbers.
+        """Return this rank's state as a nested dict of tensors and numbers.
 
-        Every rank has its own, and must save it. `torch.load` reads it with ``weights_only=True``.
+        Every rank has a state of its own, and must save it. `torch.load` reads it with
+        ``weights_only=True``.
         """
         rank, size = self._members or (self.transport.rank, self.transport.size)
         return {
@@ -275,16 +447,16 @@ class Averager:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. All ranks do so at the same step.
+        """Go on where `state_dict` was called. All ranks do so before the same step.
 
-        If that was another rank, or there were more or fewer ranks, look-back gradients are dropped
-        with a warning, and the next step is full.
+        If the state is that of another rank or of another number of ranks, look-back gradients are
+        dropped with a warning, and the next step is sent in full.
 
         Raises
         ------
         ValueError
-            If it is the state of another compressor or model, or no such state. This state is then
-            as it was.
+            If it is the state of another compressor or model, or no such state. This averager is
+            then unchanged.
         """
         self.restore(state)
         found = state["rank"], state["world_size"]
@@ -298,7 +470,10 @@ class Averager:
             self.reset()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Do `load_state_dict` without a look at the ranks, which may be unknown at the moment."""
+        """Do `load_state_dict` without comparing ranks, which an elastic engine may not know yet.
+
+        `rejoin` has to follow, or a check that the ranks are those of the state.
+        """
         if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
             raise ValueError(
                 f"this is not a state that {type(self).__name__}.state_dict() returned"
@@ -315,93 +490,30 @@ class Averager:
         self.step = state["step"]
         self._failure = None
 
-    def _tell_difference(self) -> None:
-        """Raise `ValueError` that says in what the ranks differ."""
-        theirs = gather_texts(self.transport, "\n".join(self._description), self._device)
-        first = theirs[0].split("\n")
-        for rank, other in enumerate(theirs):
-            for a, b in itertools.zip_longest(first, other.split("\n"), fillvalue="nothing"):
-                if a != b:
-                    raise ValueError(
-                        f"the ranks were given different compressors or models: rank 0 has {a} "
-                        f"where rank {rank} has {b}"
-                    )
 
+def body_length(head: bytes, rank: int) -> int:
+    """Return how many bytes of a rank's message follow its head.
 
-class Worker:
-    """A thread that does one thing after the other, beside the backward pass.
-
-    It ends with `owner`, which its tasks must not keep alive between them.
+    Raises
+    ------
+    PayloadError
+        If the message has another version of the wire format.
+    RuntimeError
+        If the head is zeros: the rank could not encode its gradients.
     """
-
-    def __init__(self, owner: object) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # A daemon: it must not keep a process alive whose peers are gone.
-        thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True)
-        thread.start()
-        weakref.finalize(owner, _end, self._tasks, thread)
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Do a task, which must not raise, after those before it."""
-        self._tasks.put(task)
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Do a task after those before it, wait for it, and raise what it raises."""
-        errors: list[BaseException] = []
-        done = threading.Event()
-
-        def guarded() -> None:
-            try:
-                task()
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                done.set()
-
-        self._tasks.put(guarded)
-        done.wait()
-        if errors:
-            raise errors[0]
-
-
-def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (task := tasks.get()) is not None:
-        task()
-        # Else it would keep its gradients alive until the next one.
-        del task
-
-
-def _end(tasks: queue.SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
-    """Have the thread end, at the interpreter's end at the latest.
-
-    A thread that frees tensors while the interpreter is taken down aborts the process.
-    """
-    tasks.put(None)
-    if thread is not threading.current_thread():
-        thread.join(END_TIMEOUT)
+    # No version is 0.
+    if not any(head[:8]):
+        raise RuntimeError(f"rank {rank} failed before it could send: see the error there")
+    return body_size(head)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to add up in: float32 for half precision."""
+    """Return the dtype in which gradients of `dtype` are added up: at least float32."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def ready_event(device: torch.device) -> Any:
-    """Return an event for what the current stream has done so far; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-@contextlib.contextmanager
-def stream_after(ready: Any, device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, after `ready`; on the CPU do nothing."""
-    if ready is None:
-        yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        yield
+def _zeros(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(grad.shape, dtype=sum_dtype(grad.dtype), device=grad.device)
+        for name, grad in grads.items()
+    }

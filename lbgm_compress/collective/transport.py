@@ -1,81 +1,188 @@
-"""Messages of unequal size between ranks.
+"""Transports, which move bytes between the ranks of a job, and nothing else.
 
-A message is a head of fixed size and a body (`lbgm_compress.wire.message`). An exchange over a
-process group takes two phases: all ranks swap the heads, which are of fixed size; only if some head
-announces a body do they gather the bodies. When every tensor of every rank is recycled, there is no
-second phase.
+An engine gives its ranks a `Transport`. `Transport.gather_equal` is the only method that it must
+write; the others are made of it, and an engine that has something faster replaces them.
 
-The bodies of a group on the CPU go round a ring in chunks, so that a rank passes on the beginning
-of a body while its end is still on its way: a single large body takes about its own time on one
-link, whatever the number of ranks. A group on GPUs gathers bodies that are padded to the largest.
+Ranks swap messages of unequal sizes. A message begins with a head, whose size is the same on all
+ranks, and the head says how many bytes follow it (`Transport.begin_gather`). A transport does not
+read heads: it is given a function that does.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbgm_compress.wire.message import body_size
-
-__all__ = [
-    "FRONT",
-    "Pending",
-    "ProcessGroupTransport",
-    "Transport",
-    "exchange",
-    "following",
-    "gather_texts",
-]
+__all__ = ["BodyLength", "Pending", "ProcessGroupTransport", "Transport", "gather_texts"]
 
 # Large enough to fill a link, small enough to keep all links of a ring busy.
 CHUNK = 256 * 1024
-# So much of a head says how long the message is.
-FRONT = 8
-# The tag of data of equal size; chunks have those that follow.
+# Tag of data of equal sizes; the chunks of a ring have the tags that follow.
 EQUAL = 0
 
+Result = TypeVar("Result")
+BodyLength = Callable[[bytes, int], int]
+"""Returns the number of bytes after a head, given the head and its rank; raises to refuse it."""
 
-class Pending(NamedTuple):
-    """An exchange that is under way."""
+
+@dataclass(frozen=True)
+class Pending(Generic[Result]):
+    """An exchange that has begun."""
 
     ready: Callable[[], bool]
-    """Says whether `messages` would return at once."""
-    messages: Callable[[], list[Tensor]]
-    """Waits for the messages of all ranks, and returns them: see `exchange`."""
+    """Returns whether `result` would return at once."""
+    result: Callable[[], Result]
+    """Waits for the other ranks, and returns what was exchanged; called once."""
+
+
+def done(result: Result) -> Pending[Result]:
+    """Return an exchange that is over."""
+    return Pending(lambda: True, lambda: result)
 
 
 class Transport(abc.ABC):
-    """What an engine has to offer."""
+    """Moves bytes between the ranks of a job.
+
+    All ranks call the same methods in the same order, with tensors on the same kind of device. A
+    method that returns a result may wait for the other ranks. If a rank is gone or cannot be
+    reached, the methods of the others raise RuntimeError, within a time that the engine sets.
+    """
 
     rank: int
-    """This rank, from 0; with elastic engines it may change."""
+    """This rank, from 0. Elastic engines may change it."""
     size: int
-    """The number of ranks; with elastic engines it may change."""
+    """The number of ranks. Elastic engines may change it."""
 
     @abc.abstractmethod
     def gather_equal(self, data: Tensor) -> Tensor:
-        """Gather `data` (n; uint8), of one size on all ranks, as the rows of a (size, n) tensor."""
+        """Gather data of one size from all ranks.
 
-    @abc.abstractmethod
-    def start(self, message: Tensor, head_size: int, key: str) -> Pending:
-        """Begin to gather one message of every rank: see `exchange`.
+        Parameters
+        ----------
+        data
+            Flat uint8, of n bytes, n > 0; the same n on all ranks.
 
-        Exchanges that are under way at one time have different keys, the same on all ranks.
+        Returns
+        -------
+        Tensor
+            The data of all ranks in rank order, as the rows of a (size, n) tensor (contiguous, on
+            the device of `data`), in memory of its own.
         """
+
+    def gather_unequal(self, parts: Sequence[Tensor]) -> None:
+        """Gather data of different sizes, which all ranks know.
+
+        Parameters
+        ----------
+        parts
+            A flat uint8 tensor (contiguous, possibly empty) for each rank, in rank order. Their
+            sizes are the same on all ranks. ``parts[rank]`` holds this rank's data; the others are
+            overwritten with the data of their ranks.
+        """
+        own = parts[self.rank]
+        longest = max(part.numel() for part in parts)
+        if self.size == 1 or longest == 0:
+            return
+        padded = own.new_zeros(longest)
+        padded[: own.numel()] = own
+        for rank, row in enumerate(self.gather_equal(padded)):
+            if rank != self.rank:
+                parts[rank].copy_(row[: parts[rank].numel()])
+
+    def begin_gather(
+        self, message: Tensor, head_size: int, body_length: BodyLength, key: str
+    ) -> Pending[list[Tensor]]:
+        """Begin to gather one message of every rank.
+
+        By default two exchanges, which are over when this returns: the heads, and then the bodies
+        unless all of them are empty.
+
+        Parameters
+        ----------
+        message
+            This rank's message (flat uint8): a head, and a body of any size. It does not change
+            until the exchange is over.
+        head_size
+            Size of the head in bytes, the same on all ranks.
+        body_length
+            Returns the size of a rank's body, given its head. What it raises is raised on all
+            ranks alike, and the exchange is over.
+        key
+            Name of the exchange, the same on all ranks. Exchanges that are under way at one time
+            have different keys.
+
+        Returns
+        -------
+        Pending
+            Its result is the messages in rank order, this rank's own among them.
+        """
+        heads = self.gather_equal(message[:head_size])
+        rows = heads.cpu().numpy()
+        sizes = [body_length(row.tobytes(), rank) for rank, row in enumerate(rows)]
+        if not any(sizes):
+            return done(list(heads))
+        messages = []
+        for rank, size in enumerate(sizes):
+            if rank == self.rank:
+                messages.append(message)
+            else:
+                messages.append(heads.new_empty(head_size + size))
+                messages[rank][:head_size] = heads[rank]
+        self.gather_unequal([whole[head_size:] for whole in messages])
+        return done(messages)
+
+    def all_reduce(self, data: Tensor) -> Tensor:
+        """Add up data of all ranks.
+
+        Parameters
+        ----------
+        data
+            Flat tensor (float16, float32, float64 or int64), of one size and dtype on all ranks.
+            It may be overwritten.
+
+        Returns
+        -------
+        Tensor
+            The sum, with the same bits on all ranks; it may be `data`.
+        """
+        if data.numel() == 0:
+            return data
+        rows = self.gather_equal(data.contiguous().view(torch.uint8)).view(data.dtype)
+        total = rows[0]
+        for row in rows[1:]:
+            total += row
+        return total
+
+    def begin_all_reduce(self, data: Tensor, key: str) -> Pending[Tensor]:
+        """Begin `all_reduce`; `key` is as in `begin_gather`. By default it is over at once."""
+        return done(self.all_reduce(data))
 
 
 class ProcessGroupTransport(Transport):
-    """Ranks of a process group of `torch.distributed`, whose only user this is."""
+    """The ranks of a process group of `torch.distributed`.
+
+    On the CPU, data of equal sizes goes straight from each rank to each, and data of unequal sizes
+    round a ring in chunks: a rank passes on the beginning of a part while its end is still on the
+    way, so that one large part takes about its own time on one link, whatever the number of ranks.
+    On GPUs both are all-gathers, of parts that are padded to the largest.
+
+    Parameters
+    ----------
+    group
+        The group, which nothing else may use: two users would mix up their exchanges.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self._reduced: Tensor | None = None
 
     def gather_equal(self, data: Tensor) -> Tensor:
         rows = data.new_empty(self.size, data.numel())
@@ -86,11 +193,12 @@ class ProcessGroupTransport(Transport):
         return rows
 
     def _swap(self, data: Tensor, rows: Tensor) -> None:
-        """Fill `rows` with the data of all ranks, each sent straight to each.
+        """Fill `rows` with the data of all ranks, by sends and receives.
 
         Not by a collective: gloo's threads let go of a collective's tensors some time after it is
         over, which takes Python's lock, and if the interpreter ends meanwhile the process is
-        aborted (pytorch #190489). Sends and receives belong to those who wait for them.
+        aborted (pytorch #190489). Tensors of sends and receives are let go of by the thread that
+        waits for them.
         """
         peers = [(self.rank + step) % self.size for step in range(1, self.size)]
         works = [
@@ -103,57 +211,26 @@ class ProcessGroupTransport(Transport):
             assert work is not None
             work.wait()
 
-    def start(self, message: Tensor, head_size: int, key: str) -> Pending:
-        # Collectives that gloo runs side by side get mixed up: this one is over when it returns.
-        messages = self._gather(message, head_size)
-        return Pending(lambda: True, lambda: messages)
-
-    def _gather(self, message: Tensor, head_size: int) -> list[Tensor]:
-        heads = self.gather_equal(message[:head_size])
-        fronts = heads[:, :FRONT].tolist()
-        sizes = [following(bytes(front), rank) for rank, front in enumerate(fronts)]
-        if not any(sizes):
-            return list(heads)
-        messages = []
-        for rank, size in enumerate(sizes):
-            if rank == self.rank:
-                messages.append(message)
-            else:
-                messages.append(heads.new_empty(head_size + size))
-                messages[rank][:head_size] = heads[rank]
-        self.gather_unequal([whole[head_size:] for whole in messages])
-        return messages
-
     def gather_unequal(self, parts: Sequence[Tensor]) -> None:
-        """Fill every rank's part (uint8, contiguous), of sizes that all ranks know.
-
-        ``parts[rank]`` holds this rank's own data; the others are overwritten.
-        """
-        if self.size == 1:
-            return
-        if parts[self.rank].device.type == "cpu":
+        if self.size > 1 and parts[self.rank].device.type == "cpu":
             self._ring(parts)
-            return
-        longest = max(part.numel() for part in parts)
-        padded = parts[self.rank].new_zeros(longest)
-        padded[: parts[self.rank].numel()] = parts[self.rank]
-        for part, row in zip(parts, self.gather_equal(padded), strict=True):
-            part.copy_(row[: part.numel()])
+        else:
+            super().gather_unequal(parts)
 
     def _ring(self, parts: Sequence[Tensor]) -> None:
-        """Pass every part on to the next rank, chunk by chunk, until all have it."""
-        following = (self.rank + 1) % self.size
+        """Pass every part on to the next rank, chunk by chunk, until all ranks have it."""
+        next_rank = (self.rank + 1) % self.size
         previous = (self.rank - 1) % self.size
 
         def chunks(origin: int) -> list[tuple[int, Tensor]]:
-            # Both ends number the chunks alike, so that no tag means two of them.
+            # Both ends number the chunks alike, so that no two have one tag.
             before = 1 + EQUAL + sum(-(-parts[rank].numel() // CHUNK) for rank in range(origin))
             part = parts[origin]
             pieces = [part[start : start + CHUNK] for start in range(0, part.numel(), CHUNK)]
             return list(enumerate(pieces, start=before))
 
         def send(tag: int, chunk: Tensor) -> dist.Work:
-            work = dist.isend(chunk, group=self.group, group_dst=following, tag=tag)
+            work = dist.isend(chunk, group=self.group, group_dst=next_rank, tag=tag)
             assert work is not None
             return work
 
@@ -168,53 +245,17 @@ class ProcessGroupTransport(Transport):
         sends = [send(tag, chunk) for tag, chunk in chunks(self.rank)]
         for origin, tag, chunk, work in receives:
             work.wait()
-            if origin != following:
+            if origin != next_rank:
                 sends.append(send(tag, chunk))
         for work in sends:
             work.wait()
 
-
-def exchange(transport: Transport, message: Tensor, head_size: int) -> list[Tensor]:
-    """Gather one message of every rank.
-
-    Parameters
-    ----------
-    transport
-        What connects the ranks.
-    message
-        This rank's message (flat uint8), or zeros if it could not make one: then all ranks raise.
-    head_size
-        The size in bytes of the message's head, the same on all ranks (`Receiver.head_size`).
-
-    Returns
-    -------
-    list of Tensor
-        The messages in rank order, this rank's own among them.
-
-    Raises
-    ------
-    PayloadError
-        If a rank sends another version of the wire format.
-    RuntimeError
-        If a rank had no message, or with the engine's own message if it cannot be reached.
-    """
-    return transport.start(message, head_size, "").messages()
-
-
-def following(front: bytes, rank: int) -> int:
-    """Read from the first `FRONT` bytes of a rank's message how many follow its head.
-
-    Raises
-    ------
-    PayloadError
-        If the rank sends another version of the wire format.
-    RuntimeError
-        If the rank had no message.
-    """
-    # No version is 0.
-    if not any(front):
-        raise RuntimeError(f"rank {rank} failed before it could send: see the error there")
-    return body_size(front)
+    def all_reduce(self, data: Tensor) -> Tensor:
+        dist.all_reduce(data, group=self.group)
+        if data.device.type == "cpu":
+            # Kept until the next sum, so that no thread of gloo lets go of it last: see `_swap`.
+            self._reduced = data
+        return data
 
 
 def gather_texts(transport: Transport, text: str, device: torch.device) -> list[str]:
@@ -222,8 +263,7 @@ def gather_texts(transport: Transport, text: str, device: torch.device) -> list[
     # With a byte in front, as no tensor may be empty.
     data = torch.frombuffer(bytearray(b" " + text.encode()), dtype=torch.uint8)
     length = torch.tensor([data.numel()]).view(torch.uint8)
-    gathered = transport.gather_equal(length.to(device)).cpu().contiguous()
-    lengths = gathered.view(torch.int64).view(-1).tolist()
+    lengths = transport.gather_equal(length.to(device)).cpu().view(torch.int64).view(-1).tolist()
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: data.numel()] = data
     rows = transport.gather_equal(padded.to(device)).tolist()

@@ -1,4 +1,4 @@
-"""Messages of unequal size between real processes."""
+"""Transports and averages, between real processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 
 from lbgm_compress import LBGM, ErrorFeedback, Identity, LookBackSubspace, Sender, TopK
-from lbgm_compress.collective.averager import Averager, Worker
-from lbgm_compress.collective.transport import CHUNK, ProcessGroupTransport, exchange, gather_texts
+from lbgm_compress.collective import Averager, ProcessGroupTransport, Transport
+from lbgm_compress.collective.averager import body_length
+from lbgm_compress.collective.background import Worker
+from lbgm_compress.collective.transport import gather_texts
 from tests.ranks import run_ranks
-
-SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+from tests.transport_laws import check_transport
 
 
 def transport_of(ranks):
@@ -36,28 +37,34 @@ class Counting(ProcessGroupTransport):
         super().gather_unequal(parts)
 
 
-def content(rank, size, seed):
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
-
-
-def gather_many(rank, world):
-    transport = transport_of(world)
-    for seed in range(60):
-        draw = torch.Generator().manual_seed(seed)
-        sizes = [SIZES[int(i)] for i in torch.randint(len(SIZES), (world,), generator=draw)]
-        parts = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-        parts[rank] = content(rank, sizes[rank], seed)
-        transport.gather_unequal(parts)
-        for other, part in enumerate(parts):
-            assert torch.equal(part, content(other, sizes[other], seed)), (seed, sizes, other)
-    return True
+def on_process_group(rank, world, function):
+    return function(transport_of(world))
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_unequal_parts_arrive_whole_at_every_rank(world):
-    assert run_ranks(gather_many, world, world, timeout=100) == [True] * world
+def test_process_groups_keep_the_laws_of_transports(world):
+    check_transport(lambda law: run_ranks(on_process_group, world, world, law, timeout=100))
+
+
+class Plain(Transport):
+    """Ranks of a process group by what a new engine must write alone."""
+
+    def __init__(self, transport):
+        self.inner = transport
+        self.rank, self.size = transport.rank, transport.size
+
+    def gather_equal(self, data):
+        return self.inner.gather_equal(data)
+
+
+def on_plain_transport(rank, world, function):
+    return function(Plain(transport_of(world)))
+
+
+@pytest.mark.timeout(120)
+def test_transport_that_gathers_equal_sizes_alone_keeps_the_laws():
+    check_transport(lambda law: run_ranks(on_plain_transport, 3, 3, law, timeout=100))
 
 
 def exchange_rounds(rank, world):
@@ -71,7 +78,7 @@ def exchange_rounds(rank, world):
     for number in range(4):
         if number == 2 and rank == 1:
             grads["w"] = grads["w"].flip(0)
-        messages = exchange(transport, sender.compress(grads), 16 + 2 * 5)
+        messages = transport.begin_gather(sender.compress(grads), 26, body_length, "").result()
         counts.append((transport.equal, transport.unequal, [len(m) for m in messages]))
     return counts
 
@@ -95,7 +102,6 @@ def average_rounds(rank, world, compressor):
     run = {}
     likes = {"w": torch.empty(40, 30), "h": torch.empty(50, dtype=torch.float16)}
     averager = Averager(compressor, likes, transport_of(world))
-    averager.agree()
     generator = torch.Generator().manual_seed(rank)
     for number in range(6):
         grads = {
@@ -103,7 +109,7 @@ def average_rounds(rank, world, compressor):
             for name, like in likes.items()
         }
         into = {name: torch.zeros(like.shape) for name, like in likes.items()}
-        averages = averager.start(grads).finish(into)
+        averages = averager.begin(grads).finish(into)
         run[number] = grads, {name: average.clone() for name, average in averages.items()}
     return run
 
@@ -128,8 +134,7 @@ def fail_to_encode(rank):
     averager = Averager(LBGM(), {"w": torch.empty(4)}, transport_of(3))
     grads = {"w": torch.ones(5 if rank == 1 else 4)}
     averager.sender.compress({"w": torch.ones(4)})
-    averager.agree()
-    averager.start(grads).finish({"w": torch.zeros(4)})
+    averager.average(grads)
 
 
 def test_rank_that_cannot_encode_tells_the_others():
@@ -150,8 +155,7 @@ def test_texts_of_any_length_arrive_at_every_rank():
 
 def weighted(rank):
     averager = Averager(Identity(), {"w": torch.empty(3)}, transport_of(3), weight=1 + rank)
-    averager.agree()
-    return averager.start({"w": torch.full((3,), 6.0 * rank)}).finish({"w": torch.zeros(3)})["w"]
+    return averager.average({"w": torch.full((3,), 6.0 * rank)})["w"]
 
 
 def test_ranks_count_by_their_weights():
@@ -167,9 +171,8 @@ def average_without_collectives(rank):
     averager = Averager(LBGM(TopK(0.1)), {"w": torch.empty(50)}, transport_of(3))
     for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "broadcast"):
         setattr(dist, name, refuse)
-    averager.agree()
     for _ in range(3):
-        averager.start({"w": torch.full((50,), 6.0)}).finish({"w": torch.zeros(50)})
+        averager.average({"w": torch.full((50,), 6.0)})
     return True
 
 

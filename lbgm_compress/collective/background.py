@@ -1,0 +1,207 @@
+"""A thread that averages gradients beside the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbgm_compress.collective.averager import Average, Averager
+
+__all__ = ["BackgroundAverager", "Worker", "ready_event", "stream_after"]
+
+# Seconds to wait for a thread whose owner is gone; it may be waiting for a rank that is gone, too.
+END_TIMEOUT = 5.0
+
+
+@dataclass
+class Bucket:
+    """An average that has begun, and what takes it."""
+
+    average: Average
+    deliver: Callable[[Average | None], None]
+
+
+class BackgroundAverager(Averager):
+    """Averages the gradients of a step in buckets, on a thread of its own.
+
+    Engines that learn of gradients one after the other in the backward pass call `begin_step`,
+    `submit` for each bucket, and `end_step`, all from the thread of the backward pass. Parameters,
+    attributes and errors are those of `Averager`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Whether a step has begun and not ended.
+        self.under_way = False
+        self._pending: list[Bucket] = []
+        self._error: BaseException | None = None
+        self._worker = Worker(self)
+
+    def begin_step(self) -> None:
+        """Begin a step, unless it has begun already.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if the ranks were given different compressors or models.
+        RuntimeError
+            If an earlier step failed.
+        """
+        if self.under_way:
+            return
+        self.check_usable()
+        if not self.ranks_match:
+            self._worker.run(self.verify_ranks_match)
+        self.under_way = True
+
+    def submit(
+        self, grads: Mapping[str, Tensor], deliver: Callable[[Average | None], None]
+    ) -> None:
+        """Have some gradients of the step encoded and exchanged, and return at once.
+
+        Parameters
+        ----------
+        grads
+            As in `Averager.begin`.
+        deliver
+            Called on the worker thread: with the average, as soon as it can be finished without
+            waiting, or at the end of the step; or with None if the step has failed.
+        """
+        device = next(iter(grads.values())).device
+        ready = ready_event(device)
+
+        def task() -> None:
+            if self._error is None:
+                try:
+                    with stream_after(ready, device):
+                        self._pending.append(Bucket(self.begin(grads), deliver))
+                        while self._pending and self._pending[0].average.ready():
+                            self._finish_first()
+                    return
+                except BaseException as error:
+                    self._error = error
+            deliver(None)
+
+        self._worker.submit(task)
+
+    def end_step(self) -> None:
+        """Wait until all averages are delivered, and count the step.
+
+        Raises
+        ------
+        Exception
+            The first error of the step, whose averages must not be used.
+        """
+        error = self._wait()
+        if error is not None:
+            self.fail(error)
+            raise error
+        super().end_step()
+
+    def abandon_step(self) -> None:
+        """Wait until all averages are delivered, and neither count the step nor keep its error."""
+        failure = self._failure
+        self._wait()
+        self._failure = failure
+
+    def _wait(self) -> BaseException | None:
+        self._worker.run(self._finish_all)
+        self.under_way = False
+        error, self._error = self._error, None
+        return error
+
+    def _finish_all(self) -> None:
+        while self._pending:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        bucket = self._pending.pop(0)
+        if self._error is None:
+            try:
+                bucket.deliver(bucket.average)
+                return
+            except BaseException as error:
+                self._error = error
+        bucket.deliver(None)
+
+
+class Worker:
+    """A thread that runs tasks one after the other.
+
+    It ends with `owner`, which the thread does not keep alive between tasks.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # A daemon: it must not keep a process alive whose peers are gone.
+        thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True)
+        thread.start()
+        weakref.finalize(owner, _end, self._tasks, thread)
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run a task, which must not raise, after those before it, and return at once."""
+        self._tasks.put(task)
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run a task after those before it, wait for it, and raise what it raises."""
+        errors: list[BaseException] = []
+        done = threading.Event()
+
+        def guarded() -> None:
+            try:
+                task()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._tasks.put(guarded)
+        done.wait()
+        if errors:
+            raise errors[0]
+
+
+def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (task := tasks.get()) is not None:
+        task()
+        # Else it would keep its gradients alive until the next one.
+        del task
+
+
+def _end(tasks: queue.SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
+    """End the thread, at the interpreter's end at the latest.
+
+    A thread that frees tensors while the interpreter is taken down aborts the process.
+    """
+    tasks.put(None)
+    if thread is not threading.current_thread():
+        thread.join(END_TIMEOUT)
+
+
+def ready_event(device: torch.device) -> Any:
+    """Return an event after the work of the current stream so far; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+@contextlib.contextmanager
+def stream_after(ready: Any, device: torch.device) -> Iterator[None]:
+    """Make a new stream current, which waits for the event `ready`; do nothing if it is None."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
