@@ -1,4 +1,4 @@
-"""The adapter for Flower in the real engine: its simulation, and SuperLink and SuperNodes."""
+"""The adapter for Flower with real processes: the simulation, and SuperLink with SuperNodes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from benchmarks.common.engines.flower_processes import federation
 from lbgm_compress import LBGM, Receiver, Sender
 from lbgm_compress.probe import LookBackProbe
 from tests.flower_loopback import LoopbackGrid, Receding, arrays_of, make_app
+from tests.soak import length
 
 ROOT = Path(__file__).parent.parent
 JOB = ROOT / "tests" / "flower_job"
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(400), pytest.mark.xdist_group("flower")]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,19 @@ def simulation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
-    """Start a SuperLink and three SuperNodes."""
+    """Start a SuperLink and three SuperNodes, `nodes` by partition."""
     with federation(tmp_path_factory.mktemp("deployment")) as started:
         started.nodes = [started.supernode(partition, 3) for partition in range(3)]
         yield started
+
+
+def node_id(deployment, name):
+    """Return the id of a SuperNode, as soon as it is connected."""
+    deadline = time.monotonic() + 60
+    while not (found := re.search(r"SuperNode ID: (\d+)", deployment.log(name))):
+        assert time.monotonic() < deadline, deployment.logs()
+        time.sleep(0.05)
+    return int(found[1])
 
 
 def results_of(out):
@@ -49,7 +59,7 @@ def results_of(out):
 
 
 class Replayed(FedAvg):
-    """FedAvg with the clients of another run."""
+    """FedAvg with the clients of a run that is over, by round."""
 
     def __init__(self, partitions):
         super().__init__(fraction_evaluate=0.0)
@@ -63,7 +73,7 @@ class Replayed(FedAvg):
 
 
 def plain_fedavg(partitions):
-    """Return what Flower's FedAvg gives without compression, with these clients in each round."""
+    """Return the parameters of Flower's FedAvg without compression, for these clients by round."""
     grid = LoopbackGrid(make_app([], noise=0.0, rate=0.3), 10)
     initial = arrays_of(counter=np.array(3))
     result = Replayed(partitions).start(grid, initial, num_rounds=len(partitions))
@@ -77,17 +87,27 @@ def assert_close(ours, expected):
         assert np.allclose(ours[name], array, rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.parametrize("engine", ["simulation", "deployment"])
-def test_without_compression_parameters_equal_those_of_plain_fedavg(engine, request, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "rounds"),
+    [
+        ("simulation", 5),
+        ("deployment", 2),
+        pytest.param("deployment", length(20, 5), marks=pytest.mark.soak),
+    ],
+)
+def test_without_compression_parameters_equal_those_of_plain_fedavg(
+    engine, rounds, request, tmp_path
+):
     running = request.getfixturevalue(engine)
-    config = {"out": str(tmp_path), "compressor": "Identity()"}
+    config = {"out": str(tmp_path), "compressor": "Identity()", "rounds": rounds}
     options = []
     if engine == "simulation":
         config.update(fraction=0.5, clients=10)
         options = ["--federation-config", "num-supernodes=10 client-resources-num-cpus=1"]
-    running.run(JOB, config, *options, timeout=200)
+    running.run(JOB, config, *options, timeout=350)
     arrays, partitions, lines = results_of(tmp_path)
-    assert [len(chosen) for chosen in partitions] == 5 * [5 if engine == "simulation" else 3]
+    clients = 5 if engine == "simulation" else 3
+    assert [len(chosen) for chosen in partitions] == rounds * [clients]
     assert_close(arrays, plain_fedavg(partitions))
     assert all(line["rejected-replies"] == 0 for line in lines)
 
@@ -125,7 +145,7 @@ def test_probe_in_a_client_goes_on_from_round_to_round(simulation, tmp_path):
     text = text.replace(call, watched)
     client.write_text(f"from lbgm_compress.probe import LookBackProbe\n{text}")
     config = {"out": str(tmp_path), "num-server-rounds": 4, "fraction-train": 1.0}
-    # It loses nothing, so that the loop is open, and sends in full.
+    # It loses nothing and always sends in full, so that the probe sees the same updates.
     config["compressor"] = "LBGM(delta=0)"
     options = ("--federation-config", "num-supernodes=3 client-resources-num-cpus=1")
     simulation.run(app, config, *options, timeout=150)
@@ -137,7 +157,7 @@ def test_probe_in_a_client_goes_on_from_round_to_round(simulation, tmp_path):
         report = probe.report()
         assert report.rounds == 4
         predicted += 4 * report.all_tensors()[0].bytes_per_step
-    # Flower's replies begin with two bytes of their own, and precisions a byte a tensor.
+    # The replies of the adapter have two more bytes.
     assert sum(line["uplink-bytes"] for line in lines) == pytest.approx(predicted, rel=0.001)
 
 
@@ -148,9 +168,9 @@ def build_like():
 
 
 def reference(compressor, partitions, full):
-    """Train as the job does, with these clients a round; those in `full` send in full.
+    """Train as the job does, with these clients by round; those in `full` send in full.
 
-    Return the parameters, and the share of tensors recycled in each round.
+    Returns the parameters, and the share of tensors recycled in each round.
     """
     weights = {name: array.numpy() for name, array in arrays_of().items()}
     like = {name: torch.from_numpy(array) for name, array in weights.items()}
@@ -176,48 +196,66 @@ def reference(compressor, partitions, full):
     return weights, shares
 
 
-def test_killed_late_and_restarted_ends_cost_one_full_update_each(deployment, tmp_path):
-    """Round 1 loses the reply of client 0, in round 3 client 1 is killed; then the server ends.
+@pytest.mark.parametrize(
+    ("killed_in", "rounds", "resumed_rounds", "prompt"),
+    [
+        (2, 3, 1, True),
+        # With Flower's own grid, which waits for those that do not reply until the time-out.
+        pytest.param(3, 4, 2, False, marks=pytest.mark.soak),
+    ],
+)
+def test_killed_late_and_restarted_ends_cost_one_full_update_each(
+    killed_in, rounds, resumed_rounds, prompt, deployment, tmp_path
+):
+    """Round 1 loses the reply of client 0, and client 1 is killed later; then the server ends.
 
-    What it saved goes on in a second run, in which files at the clients let them recycle on.
+    A second run continues from the state that the server saved, and the clients from their files.
     """
+    ids = [node_id(deployment, name) for name in deployment.nodes]
     config = {
         "out": str(tmp_path),
         "compressor": "LBGM(delta=0.95)",
-        "rounds": 4,
-        "timeout": 25.0,
-        "late": "1:0",
-        "hang": "3:1",
+        "rounds": rounds,
+        "timeout": 200.0 if prompt else 25.0,
+        "prompt": prompt,
+        "late": f"1:{ids[0]}",
+        "hang": f"{killed_in}:{ids[1]}",
     }
     process = deployment.start_run(JOB, config)
-    hanging = tmp_path / "hanging-3:1"
     deadline = time.monotonic() + 200
-    while not hanging.exists():
+    while not (tmp_path / "hanging").exists():
         assert time.monotonic() < deadline, deployment.logs()
         assert process.poll() is None, deployment.logs()
-        time.sleep(0.1)
+        time.sleep(0.05)
     deployment.kill(deployment.nodes[1])
+    (tmp_path / f"gone-{ids[1]}").touch()
     deployment.nodes[1] = deployment.supernode(1, 3)
     process.wait(200)
     assert process.returncode == 0, deployment.logs()
     _, partitions, lines = results_of(tmp_path)
-    first = [sorted(chosen) for chosen in partitions[:3]]
-    assert first == [[1, 2], [0, 1, 2], [0, 2]]
-    config.update(rounds=2, resume=True, hang="", late="")
+    first = [sorted(chosen) for chosen in partitions[:killed_in]]
+    assert first == [[1, 2], *((killed_in - 2) * [[0, 1, 2]]), [0, 2]]
+    node_id(deployment, deployment.nodes[1])
+    config.update(rounds=resumed_rounds, resume=True, hang="", late="")
     deployment.run(JOB, config, timeout=150)
     arrays, resumed, lines = results_of(tmp_path)
     partitions += resumed
     assert sorted(partitions[-1]) == [0, 1, 2]
-    back = 1 + next(i for i, chosen in enumerate(partitions) if i > 2 and 1 in chosen)
+    back = next(
+        number
+        for number, chosen in enumerate(partitions, start=1)
+        if number > killed_in and 1 in chosen
+    )
     compressor = LBGM(delta=0.95)
     weights, shares = reference(compressor, partitions, full={(2, 0), (back, 1)})
     assert [line["recycled-share"] for line in lines] == pytest.approx(shares)
-    assert shares[1] == pytest.approx(2 / 3)
-    # After the server's restart all recycle on, but one that comes back only then.
-    for number in (5, 6):
+    # In round 2 client 0 sends in full, since the server has missed its last update.
+    assert shares[1] == pytest.approx(1 - 1 / len(partitions[1]))
+    # After the restart of the server all recycle, apart from a client that returns only then.
+    for number in range(rounds + 1, len(partitions) + 1):
         expected = 1 - (back == number) / len(partitions[number - 1])
         assert shares[number - 1] == pytest.approx(expected)
     assert_close({name: arrays[name] for name in weights}, weights)
-    # Where nobody sends in full, parameters are others.
+    # Without full updates the parameters would be different ones.
     others, _ = reference(compressor, partitions, full=set())
     assert any(not np.allclose(others[name], weights[name], atol=1e-4) for name in weights)

@@ -12,19 +12,19 @@ from tests.flower_loopback import make_app
 
 def misbehave(message: Message, context: Context) -> None:
     number = message.content["config"]["server-round"]
-    key = f"{number}:{context.node_config['partition-id']}"
+    key = f"{number}:{context.node_id}"
     out = Path(str(context.run_config["out"]))
     if key in str(context.run_config["late"]).split():
         wait_for(out / f"over-{number}")
     if key in str(context.run_config["hang"]).split():
-        (out / f"hanging-{key}").touch()
+        (out / "hanging").touch()
         wait_for(out / "never")
 
 
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 100
     while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 mod = CompressionMod(state_dir=os.environ.get("FLOWER_JOB_STATE"))

@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
+from flower_job.grid import PromptGrid
 from lbgm_compress import parse_compressor
 from lbgm_compress.adapters.flower import CompressedStrategy
 from tests.flower_loopback import arrays_of
@@ -35,6 +36,13 @@ class Noting(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     out = Path(str(config["out"]))
+    late = str(config["late"]).split()
+
+    def absent(server_round: int, node: int) -> bool:
+        return f"{server_round}:{node}" in late or (out / f"gone-{node}").exists()
+
+    if config["prompt"]:
+        grid = PromptGrid(grid, absent)
     inner = Noting(
         out,
         fraction_train=float(config["fraction"]),
