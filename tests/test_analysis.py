@@ -1,4 +1,4 @@
-"""The space that gradients span: known ranks, spectra and cosines; what projections may miss."""
+"""The space that gradients span: known ranks, spectra and cosines, and errors of projections."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def with_spectrum(variances, size=300, seed=0):
 
 
 def direct(matrix):
-    """Return singular values and right singular vectors of what is kept, in float64."""
+    """Return singular values and right singular vectors of the kept float32 rows, in float64."""
     _, values, directions = np.linalg.svd(matrix.astype(np.float32).astype(float), False)
     return values, directions
 
@@ -117,7 +117,7 @@ def test_history_is_what_each_prefix_gives(arguments):
             assert space.history(share, layer) == found
 
 
-def test_asking_after_every_gradient_changes_nothing(arguments):
+def test_queries_after_every_gradient_change_nothing(arguments):
     grads = gradients(low_rank(8, 12, 1061), SHAPES)
     space = GradientSpace(per_layer=True, **arguments)
     for grad in grads:
@@ -277,7 +277,7 @@ def test_projected_components_are_within_the_documented_bounds(per_layer):
     assert np.sqrt(np.mean(squares)) == pytest.approx(2 * np.sqrt(rank / size), rel=0.4)
 
 
-def test_what_is_no_larger_than_the_projection_is_kept_as_it_is():
+def test_tensors_no_larger_than_the_projection_are_kept_as_they_are():
     grads = gradients(low_rank(4, 6, 1061), SHAPES)
     exact = filled(grads, per_layer=True)
     projected = filled(grads, per_layer=True, projection=60)
@@ -302,7 +302,7 @@ def test_projection_is_that_of_its_seed():
     assert not np.allclose(first, filled(grads, projection=50, seed=2).cosines())
 
 
-# --- what is wrong ---------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 GOOD = {"a": torch.ones(2, 3), "b": torch.ones(4)}
 BAD = {
@@ -324,7 +324,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("projection", [None, 3])
-def test_bad_gradient_is_told_and_changes_nothing(case, projection):
+def test_bad_gradient_raises_and_changes_nothing(case, projection):
     grads, kind, message = BAD[case]
     space = GradientSpace(per_layer=True, projection=projection)
     space.add(GOOD)
@@ -350,7 +350,7 @@ def test_large_float32_numbers_are_finite():
     assert space.cosines().tolist() == [[1, -1], [-1, 1]]
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="projection must be at least 1, not 0"):
         GradientSpace(projection=0)
     with pytest.raises(ValueError, match="projection or file"):
@@ -389,7 +389,7 @@ def test_gradient_that_cannot_be_written_changes_nothing(tmp_path):
     assert space.cosines()[0].round(6).tolist() == [1, -0.2]
 
 
-# --- going on --------------------------------------------------------------------------------
+# --- state -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["memory", "file", "projection"])
@@ -400,7 +400,7 @@ def test_saved_space_goes_on_where_it_was(mode, tmp_path):
     whole = filled(grads, per_layer=True) if mode == "file" else filled(grads, **made)
     space = filled(grads[:6], **made)
     torch.save(space.state_dict(), tmp_path / "state.pt")
-    # What came after the state was saved is done again.
+    # A gradient that came after the saved state is added again.
     space.add(grads[7])
     again = GradientSpace(**made)
     if mode != "file":
@@ -423,7 +423,7 @@ def test_state_with_a_file_is_small(tmp_path):
     assert (tmp_path / "rows").stat().st_size == 4 * 10 * 100_000
 
 
-def test_wrong_state_is_told_and_changes_nothing(tmp_path):
+def test_wrong_state_raises_and_changes_nothing(tmp_path):
     space = filled([GOOD])
     state = space.state_dict()
     with pytest.raises(ValueError, match="per_layer=False, expected True"):
@@ -537,7 +537,7 @@ def test_tables_are_the_same_twice(tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
-def test_wrong_metrics_are_told_before_anything_is_written(tmp_path):
+def test_wrong_metrics_raise_before_anything_is_written(tmp_path):
     space = filled([GOOD])
     for metrics in ({"accuracy": [0.1, 0.2]}, {"n95": [1.0]}):
         with pytest.raises(ValueError, match=next(iter(metrics))):
@@ -550,7 +550,7 @@ def test_wrong_metrics_are_told_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [0, 5])
-def test_three_pictures_are_drawn(layers, tmp_path, monkeypatch):
+def test_three_figures_are_drawn(layers, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("lbgm_compress.analysis.plots.PANELS", 4)
     shapes = {f"layer {i}": (10 + i,) for i in range(max(layers, 1))}
@@ -559,7 +559,7 @@ def test_three_pictures_are_drawn(layers, tmp_path, monkeypatch):
     # A layer whose gradients are all zero has no component to draw.
     matrix[:, : 10 if layers else 0] = 0
     space = filled(gradients(matrix, shapes), per_layer=layers > 0)
-    space.plot(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "what was trained")
+    space.plot(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "a title")
     names = ["components.png", "cosines.png", "principal.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in names:

@@ -133,10 +133,10 @@ def test_subspaces_are_replayed_as_a_sender_would_send_them():
 
 def test_training_has_the_same_bits_with_and_without():
     weights = []
-    for watched in (False, True):
+    for probed in (False, True):
         model = network()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        probe = LookBackProbe(model, cost=None) if watched else None
+        probe = LookBackProbe(model, cost=None) if probed else None
         generator = torch.Generator().manual_seed(1)
         for _ in range(20):
             optimizer.zero_grad()
@@ -148,7 +148,7 @@ def test_training_has_the_same_bits_with_and_without():
     assert_same_bits(*({n: p.detach() for n, p in w.items()} for w in weights))
 
 
-def watched(monkeypatch, model, train, **arguments):
+def observed(monkeypatch, model, train, **arguments):
     """Return the gradients that a probe takes while `train` runs."""
     seen = []
     original = LookBackProbe._round
@@ -175,11 +175,11 @@ def test_gradients_of_several_backward_passes_are_one_round(monkeypatch):
             for part in x.split(4):
                 (model(part).square().mean() / 2).backward()
             expected.append({n: p.grad.clone() for n, p in model.named_parameters()})
-            # What is sent is what backward made, not what clipping leaves of it.
+            # A gradient is sent as backward made it, before clipping.
             nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
             optimizer.step()
 
-    _, seen = watched(monkeypatch, model, train)
+    _, seen = observed(monkeypatch, model, train)
     for found, grads in zip(seen, expected, strict=True):
         assert_same_bits(dict(sorted(found.items())), dict(sorted(grads.items())))
 
@@ -198,7 +198,7 @@ def test_parameters_without_a_gradient_and_other_optimizers_are_left_out(monkeyp
             others.step()
             optimizer.step()
 
-    probe, seen = watched(monkeypatch, model, train)
+    probe, seen = observed(monkeypatch, model, train)
     assert [len(grads) for grads in seen] == [2, 4, 2, 4]
     rows = {r.tensor: r for r in probe.report().rows if r.method == "LBGM()" and r.steps == 1}
     assert [rows[name].rounds for name in ("0.weight", "2.weight")] == [2, 4]
@@ -217,7 +217,7 @@ def test_gradients_with_inf_are_counted_and_left_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_other_precisions_are_watched(dtype):
+def test_other_precisions_are_replayed(dtype):
     run = [{n: g.to(dtype) for n, g in grads.items()} for grads in training_run(20)]
     report = replayed(run)
     row = next(row for row in report.all_tensors() if row.method == "LBGM()")
@@ -267,7 +267,7 @@ def test_prediction_is_what_the_comparison_measures_in_open_loop(batch, tmp_path
 # --- ranks, clients, files ----------------------------------------------------------------------
 
 
-def watch_on_a_rank(rank):
+def observe_on_a_rank(rank):
     model = network()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -288,13 +288,13 @@ def watch_on_a_rank(rank):
     return rows[0].bytes_per_step * 15, sent(run, LBGM())[0]
 
 
-def test_rank_of_ddp_is_told_of_its_own_gradients():
-    totals = run_ranks(watch_on_a_rank, 2)
+def test_rank_of_ddp_observes_its_own_gradients():
+    totals = run_ranks(observe_on_a_rank, 2)
     for predicted, measured in totals:
         assert predicted == pytest.approx(measured, rel=0.01)
 
 
-def test_client_that_is_made_anew_each_round_goes_on_from_its_file(tmp_path):
+def test_client_that_is_created_anew_each_round_goes_on_from_its_file(tmp_path):
     run = training_run(20)
     weights = {name: torch.zeros_like(grad) for name, grad in run[0].items()}
     for grads in run:
@@ -347,7 +347,7 @@ def test_file_of_another_probe_is_refused(tmp_path):
     assert other.report().rounds == 0
 
 
-def test_state_is_not_changed_by_what_is_seen_later():
+def test_state_is_not_changed_by_later_rounds():
     run = training_run(40)
     probe = LookBackProbe(parameters_like(run), cost=None)
     for grads in run[:11]:
@@ -397,7 +397,7 @@ def test_gradient_that_was_thrown_away_is_not_counted(monkeypatch):
             second.step()
             both.zero_grad()
 
-    _, seen = watched(monkeypatch, both, train)
+    _, seen = observed(monkeypatch, both, train)
     assert [sorted({name.split(".")[0] for name in grads}) for grads in seen] == [
         ["generator"],
         ["critic"],
@@ -440,7 +440,7 @@ def test_errors_of_extreme_gradients_are_those_of_ordinary_ones(scale):
         assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_failure_of_the_probe_ends_the_watching_and_not_the_training(monkeypatch):
+def test_failure_of_the_probe_detaches_it_and_the_training_goes_on(monkeypatch):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     probe = LookBackProbe(model)
@@ -466,7 +466,7 @@ def test_failure_of_the_probe_ends_the_watching_and_not_the_training(monkeypatch
     assert "Watching stopped after 1 gradient: MemoryError: no room" in str(report)
 
 
-def test_closed_or_forgotten_probe_sees_nothing_more():
+def test_closed_or_forgotten_probe_observes_nothing_more():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -508,7 +508,7 @@ def test_wrong_arguments_are_refused(arguments, message):
         LookBackProbe(network(), **arguments)
 
 
-def test_what_is_no_model_is_refused_and_leaves_no_hooks():
+def test_other_objects_than_models_are_refused_and_leave_no_hooks():
     model = network()
     for wrong in (model.parameters(), model.state_dict(), torch.optim.SGD(model.parameters()), 3):
         with pytest.raises(TypeError, match=r"named_parameters\(\)"):
