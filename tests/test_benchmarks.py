@@ -1,4 +1,4 @@
-"""The scripts that measure sizes and times."""
+"""The commands that measure sizes, memory and times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ def read(file):
         return list(csv.DictReader(lines))
 
 
-def test_every_size_keeps_within_its_bound(tmp_path, capsys):
+def part_of_resnet50():
+    """Return the shapes of the first two stages, which have convolutions of every kind."""
+    shapes = dict(list(resnet50_shapes().items())[:72])
+    assert list(shapes)[-1] == "layer2.3.bn3.bias"
+    return shapes
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_every_size_keeps_within_its_bound(full, tmp_path, capsys, monkeypatch):
+    if not full:
+        monkeypatch.setattr(wire, "STEPS", 6)
+        monkeypatch.setattr(wire, "resnet50_shapes", part_of_resnet50)
     assert wire.main(["--out", str(tmp_path / "wire.csv")]) == 0
     rows = read(tmp_path / "wire.csv")
     assert len(rows) > 25
@@ -34,7 +45,8 @@ def test_a_broken_bound_is_told_and_gives_exit_code_1(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.timeout(280)
-def test_times_are_measured_beside_their_peers(tmp_path, capsys):
+def test_times_are_measured_beside_their_peers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "resnet50_shapes", part_of_resnet50)
     assert encode.main(["--repeats", "1", "--out", str(tmp_path / "encode.csv")]) == 0
     rows = {row["what"]: row for row in read(tmp_path / "encode.csv")}
     for what in ("LBGM(): angle test", "LBGM(TopK(0.01))"):

@@ -1,4 +1,4 @@
-"""The comparison, run as users run it, and its parts."""
+"""The comparison as users run it, and its parts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common import report
 from benchmarks.common.data import load
 from benchmarks.common.partition import partition, subsets
 from benchmarks.common.training import Training, run
@@ -57,8 +58,9 @@ def compare(*arguments, cwd):
 
 @pytest.fixture
 def compare_here(tmp_path, monkeypatch):
-    """Return what does the same in this process, which has imported everything."""
+    """Return a function that runs the command in this process, without drawing pictures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "chart", lambda *arguments: b"")
     return lambda *arguments: main([*arguments])
 
 
@@ -134,10 +136,12 @@ def test_same_seed_gives_the_same_csv_and_another_seed_another(finished, tmp_pat
     def numbers(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(folder)]
 
-    for seed in ("0", "1"):
-        assert compare_here(*SMALL, "--seed", seed, "--out", f"seed-{seed}") == 0
+    assert compare_here(*SMALL, "--seed", "0", "--out", "seed-0") == 0
     assert numbers(tmp_path / "seed-0") == numbers(finished[0])
-    assert numbers(tmp_path / "seed-1") != numbers(finished[0])
+    assert compare_here(*SMALL, "--seed", "1", "--methods", "Identity()", "--out", "seed-1") == 0
+    same = numbers(tmp_path / "seed-0")[:6]
+    assert {row["method"] for row in same} == {"Identity()"}
+    assert numbers(tmp_path / "seed-1") != same
 
 
 @pytest.mark.parametrize(
@@ -176,6 +180,7 @@ def test_methods_are_those_that_were_asked_for(tmp_path, compare_here):
         (["--methods", "TopK(2)"], "ratio must be above 0 and at most 1, not 2"),
         (["--methods", "__import__('os').system('true')"], "is not a compressor"),
         (["--methods", "TopK(0.1), TopK(0.1)"], "twice"),
+        (["--known", "nowhere:Few", "--methods", "Few(0.1)"], "cannot import 'nowhere:Few'"),
         (["--ratio", "2"], "ratio must be above 0 and at most 1, not 2"),
         (["--delta", "-1"], "delta must be from 0 to 1"),
         (["--rank", "0"], "rank must be a whole number of at least 1"),
@@ -395,6 +400,23 @@ def numbers_of(folder):
     ]
 
 
+OWN = """
+from dataclasses import dataclass
+from lbgm_compress import TopK
+
+@dataclass(frozen=True, repr=False)
+class Few(TopK):
+    pass
+"""
+
+
+def known(engine, folder):
+    """Write a module with a compressor of one's own, and return the option that names it."""
+    # A module is imported once in this process: each engine has its own.
+    (folder / f"own_{engine}.py").write_text(OWN)
+    return ["--known", f"own_{engine}:Few"]
+
+
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
     ("engine", "arguments"),
@@ -408,14 +430,21 @@ def numbers_of(folder):
     ],
     ids=["ddp, local steps", "horovod, full batch"],
 )
-def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
-    methods = "LBGM(), LBGM(TopK(0.1)), LBGM(SignSGD(scaled=True))"
-    common = ["--workers", "3", "--rounds", "12", "--lr", "0.1", "--methods", methods, *arguments]
-    for name in ("process", engine):
-        done = compare(*common, "--engine", name, "--out", name, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert "on the wire" in done.stdout
+def test_real_engines_give_what_one_process_gives(
+    engine, arguments, tmp_path, compare_here, capsys
+):
+    methods = "LBGM(), LBGM(Few(0.1)), LBGM(SignSGD(scaled=True)), Identity()"
+    common = ["--workers", "3", "--rounds", "12", "--lr", "0.1", *arguments]
+    common += known(engine, tmp_path)
+    assert compare_here(*common, "--methods", methods, "--out", "process") == 0
+    # DDP's own average is that of messages without compression.
+    methods += ", Dense()" if engine == "ddp" else ""
+    assert compare_here(*common, "--methods", methods, "--engine", engine, "--out", engine) == 0
+    assert "on the wire" in capsys.readouterr().out
     expected, found = numbers_of(tmp_path / "process"), numbers_of(tmp_path / engine)
+    if engine == "ddp":
+        dense = [row for row in expected if row[0] == "Identity()"]
+        expected += [("Dense()", *row[1:]) for row in dense]
     assert len(expected) == len(found)
     for (method, number, accuracy, uplink), other in zip(expected, found, strict=True):
         assert other[:2] == (method, number)
@@ -424,22 +453,23 @@ def test_real_engines_give_what_one_process_gives(engine, arguments, tmp_path):
         assert other[3] == pytest.approx(uplink, rel=0.02)
     summary = json.loads((tmp_path / engine / "summary.json").read_text())
     for method in summary["methods"]:
-        # Every message goes to two others.
-        assert method["wire_bytes"] > 2 * method["uplink_bytes"]
+        if method["method"] != "Dense()":
+            # Every message goes to two others.
+            assert method["wire_bytes"] > 2 * method["uplink_bytes"]
 
 
 @pytest.mark.flower
+@pytest.mark.xdist_group("flower")
 @pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None,
     reason="Flower is not installed: it needs Python 3.11",
 )
-def test_flowers_simulation_gives_what_one_process_gives(tmp_path):
-    methods = ["--methods", "Identity(), LBGM(TopK(0.1), delta=0.5)"]
+def test_flowers_simulation_gives_what_one_process_gives(tmp_path, compare_here):
+    methods = ["--methods", "Identity(), LBGM(Few(0.1), delta=0.5)", *known("flower", tmp_path)]
     sampled = ["--workers", "6", "--participation", "0.5", "--local-steps", "2"]
     common = [*methods, *sampled, "--batch-size", "40", "--rounds", "5", "--lr", "0.1"]
     for name in ("process", "flower"):
-        done = compare(*common, "--engine", name, "--out", name, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        assert compare_here(*common, "--engine", name, "--out", name) == 0
     expected, found = numbers_of(tmp_path / "process"), numbers_of(tmp_path / "flower")
     assert len(expected) == len(found) == 10
     for (method, number, accuracy, uplink), other in zip(expected, found, strict=True):
@@ -455,30 +485,28 @@ def test_flowers_simulation_gives_what_one_process_gives(tmp_path):
         (["--engine", "ddp", "--participation", "0.5"], "all ranks take part in every round"),
         (["--engine", "ddp", "--device", "cuda"], "--device"),
         (["--engine", "mpi"], "invalid choice"),
+        (["--methods", "PowerSGD(2)"], "PowerSGD(2) is part of DistributedDataParallel"),
+        (["--engine", "ddp", "--methods", "PowerSGD(0)"], "rank must be a whole number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_engines_say_what_they_cannot_do(arguments, message, tmp_path):
-    process = compare(*arguments, cwd=tmp_path)
-    assert process.returncode == 2
-    [line] = process.stderr.splitlines()
+def test_engines_say_what_they_cannot_do(arguments, message, compare_here, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare_here(*arguments)
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_engine_that_fails_shows_what_its_workers_printed(tmp_path):
+def test_engine_that_fails_shows_what_its_workers_printed(
+    tmp_path, compare_here, capsys, monkeypatch
+):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if os.environ.get('RANK') == '1':\n    sys.exit('this rank is out of order')\n"
     )
-    engine = ["--engine", "ddp", "--workers", "2"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *SMALL, *engine],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
-    assert done.returncode == 1
-    assert "compare.py: error: --engine ddp:" in done.stderr
-    assert "this rank is out of order" in done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert compare_here(*SMALL, "--engine", "ddp", "--workers", "2") == 1
+    printed = capsys.readouterr().err
+    assert "compare.py: error: --engine ddp:" in printed
+    assert "this rank is out of order" in printed

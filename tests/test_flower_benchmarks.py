@@ -17,7 +17,7 @@ from benchmarks import flower_memory
 from benchmarks.flower_wire import CountingProxy
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
 
 
 @pytest.fixture

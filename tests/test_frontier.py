@@ -1,20 +1,25 @@
-"""The frontier of accuracy against uplink: a real run in miniature, and what its rows become."""
+"""The frontier of accuracy against uplink: small real runs, and the summary of evaluations."""
 
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import frontier
+from benchmarks.common.command_line import read_methods
 from benchmarks.common.data import Dataset, DatasetMissing, load_plays
-from benchmarks.frontier import Evaluation, Run, bytes_to, front, rows_of
-from lbgm_compress.compressors.parse import parse_compressor
+from benchmarks.common.frontier_settings import Run, methods_of, training_of
+from benchmarks.frontier import Evaluation, bytes_to, front, rows_of
 from tests.idx import write_idx
 
-METHODS = "Identity(); ErrorFeedback(LookBackSubspace(2, 0.9, values='int4', directions='int2'))"
+ROOT = Path(__file__).parent.parent
+SUBSPACE = "ErrorFeedback(LookBackSubspace(2, 0.9, values='int4', directions='int2'))"
+METHODS = f"Identity(), {SUBSPACE}"
 QUICK = ["--short", "--seeds", "0", "--jobs", "1", "--models", "fcn"]
 
 
@@ -23,6 +28,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("idx")
     write_idx(folder, train=4000, test=400)
     return str(folder)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Do runs in threads of this process, which has imported everything."""
+    monkeypatch.setattr(frontier, "make_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
 
 def evaluations(method, accuracies, a_round, seed=0, setting="local-iid", model="fcn"):
@@ -42,6 +54,8 @@ def test_runs_are_kept_and_not_done_again(tmp_path, folder, capsys, monkeypatch)
     assert "kB to dense - 0.5" in printed
     assert (tmp_path / "frontier-local-iid.png").read_bytes().startswith(b"\x89PNG")
 
+    monkeypatch.setattr(frontier, "make_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     # Without dense training there is a table, and no picture.
     alone = [*QUICK, "--data-dir", folder, "--out", str(tmp_path / "alone")]
     assert frontier.main([*alone, "--settings", "local-iid", "--methods", "SignSGD()"]) == 0
@@ -49,7 +63,7 @@ def test_runs_are_kept_and_not_done_again(tmp_path, folder, capsys, monkeypatch)
 
     # Adds one setting and does nothing else.
     done = []
-    monkeypatch.setattr(frontier, "write_csv", lambda file, runs: done.append(list(runs)))
+    monkeypatch.setattr(frontier, "write_runs", lambda file, runs: done.append(list(runs)))
     assert frontier.main([*common, "local-iid,large-batch", "--methods", "Identity()"]) == 0
     assert [len(runs) for runs in done] == [3]
     assert done[0][-1] == Run("large-batch", "fcn", "Identity()", 0)
@@ -57,19 +71,19 @@ def test_runs_are_kept_and_not_done_again(tmp_path, folder, capsys, monkeypatch)
 
 
 @pytest.mark.timeout(280)
-def test_powersgd_is_torchs_own_in_a_process_for_each_worker(tmp_path, folder):
+def test_powersgd_is_torchs_own_in_a_process_for_each_worker(tmp_path, folder, one_process):
     common = [*QUICK, "--data-dir", folder, "--out", str(tmp_path), "--settings", "small-batch"]
-    methods = "Identity(); PowerSGD(rank=2); ErrorFeedback(Atomo(2))"
+    methods = "Identity(), PowerSGD(rank=2), ErrorFeedback(Atomo(2))"
     assert frontier.main([*common, "--methods", methods]) == 0
-    runs = {what.method: e for what, e in frontier.read_csv(tmp_path / "frontier.csv").items()}
-    power = [e.uplink_bytes for e in runs["PowerSGD(rank=2)"]]
+    runs = {what.method: e for what, e in frontier.read_runs(tmp_path / "frontier.csv").items()}
+    power = [e.uplink_bytes for e in runs["PowerSGD(2)"]]
     # Two dense rounds, then factors of both matrices and the biases as they are.
     dense = 4 * (784 * 128 + 128 + 128 * 10 + 10)
     factors = 4 * (2 * (784 + 128) + 2 * (128 + 10) + 128 + 10)
     assert power == [4 * (min(i, 2) * dense + max(0, i - 2) * factors) for i in (1, 2, 3, 4)]
     # Before anything is left out, it trains as everybody does.
     for i in (0, 1):
-        exact, found = runs["Identity()"][i].loss, runs["PowerSGD(rank=2)"][i].loss
+        exact, found = runs["Identity()"][i].loss, runs["PowerSGD(2)"][i].loss
         assert found == pytest.approx(exact, rel=1e-4)
 
 
@@ -120,9 +134,8 @@ def test_front_leaves_out_what_another_beats_in_both():
 def test_default_methods_can_be_read_back():
     for name, setting in frontier.SETTINGS.items():
         for model in setting.rounds:
-            for method in frontier.methods_of(name, model):
-                if method not in frontier.POWER_SGD:
-                    assert repr(parse_compressor(method)) == method
+            methods = list(methods_of(name, model))
+            assert read_methods(", ".join(map(repr, methods))) == methods
 
 
 def plays(folder, count, size=95_000):
@@ -155,10 +168,11 @@ def test_transformer_learns_text_and_looks_at_nothing_that_follows(tmp_path, mon
     plays(tmp_path, 10)
     setting = dataclasses.replace(frontier.SETTINGS["text"], local_steps=2)
     monkeypatch.setitem(frontier.SETTINGS, "text", setting)
-    what = Run("text", "transformer", METHODS.split("; ")[1], 0)
-    losses = [e.loss for e in frontier.perform(what, None, str(tmp_path), short=True)]
+    [method] = read_methods(SUBSPACE)
+    what = Run("text", "transformer", SUBSPACE, 0)
+    losses = [e.loss for e in frontier.perform(what, method, None, str(tmp_path), short=True)]
     assert losses[-1] < losses[0] < 3
-    training = frontier.training_of(what, None, str(tmp_path), short=True)
+    training = training_of(what, None, str(tmp_path), short=True)
     model = training.initial_model()
     sequence = training.dataset.test_images[:1]
     changed = sequence.clone()
@@ -175,6 +189,8 @@ def test_transformer_learns_text_and_looks_at_nothing_that_follows(tmp_path, mon
         (["--settings", "text"], "nothing to run"),
         (["--jobs", "0"], "--jobs starts at 1"),
         (["--methods", "TopK(2)"], "ratio must be above 0"),
+        (["--methods", "PowerSGD(2)", "--settings", "local-iid"], "nothing to run"),
+        (["--methods", "LBGM(PowerSGD(2))"], "makes no messages, and cannot be wrapped"),
         (["--data-dir", "nowhere"], "no train-images-idx3-ubyte"),
         (["--text-dir", "nowhere", "--settings", "text"], "nowhere holds 0 plays"),
     ],
@@ -192,3 +208,13 @@ def test_another_programs_csv_is_left_alone(tmp_path, capsys, folder):
         frontier.main(["--data-dir", folder, "--out", str(tmp_path)])
     assert "was not written by this program" in capsys.readouterr().err
     assert (tmp_path / "frontier.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_kept_results_of_earlier_names_are_read_and_drawn(tmp_path):
+    kept = ROOT / "benchmarks" / "results" / "frontier" / "frontier.csv"
+    runs = frontier.read_runs(kept)
+    methods = {what.method for what in runs}
+    assert {"PowerSGD(1)", "PowerSGD(2)", "PowerSGD(4)"} <= methods
+    assert read_methods(", ".join(methods))
+    frontier.draw(tmp_path, {what: e for what, e in runs.items() if what.setting == "small-batch"})
+    assert [path.name for path in tmp_path.iterdir()] == ["frontier-small-batch.png"]

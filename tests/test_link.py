@@ -1,10 +1,9 @@
-"""The benchmark over links of known rate."""
+"""The measurement of training over links of known rate."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import link
+from benchmarks.common import network
+from benchmarks.common.command_line import read_methods
 from tests.idx import write_idx
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def allowed():
-    reason = link.missing()
+    reason = network.missing()
     if reason is not None:
         pytest.skip(reason)
 
@@ -39,27 +40,23 @@ def namespaces():
     return subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
 
 
-def run(*arguments, timeout=240, **options):
-    return subprocess.run(
-        [*SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout, **options
-    )
-
-
 @pytest.mark.netns
+@pytest.mark.xdist_group("netns")
 @pytest.mark.timeout(280)
-def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(allowed, images, tmp_path):
+def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(
+    allowed, images, tmp_path, capsys
+):
     before = namespaces()
-    methods = "dense; fp16; PowerSGD(1); LBGM(TopK(0.01), delta=0.5)"
+    methods = "Dense(), Float16(), PowerSGD(1), LBGM(TopK(0.01), delta=0.5)"
     arguments = ["--ranks", "2", "--rates", "200", "--cases", "large", "--epochs", "2"]
-    found = run(
-        *arguments, "--methods", methods, "--images", "2048", "--data-dir", str(images),
-        "--out", str(tmp_path),
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout + found.stderr
+    arguments += ["--methods", methods, "--images", "2048", "--data-dir", str(images)]
+    status = link.main([*arguments, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
     assert namespaces() == before
     with (tmp_path / "link.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows[::2]] == [m.strip() for m in methods.split(";")]
+    assert [row["method"] for row in rows[::2]] == list(map(repr, read_methods(methods)))
     for row in rows:
         sent, message = float(row["interface_bytes"]), float(row["message_bytes"])
         # What is on the wire is at least the messages: a ring of two sends each byte once.
@@ -68,24 +65,28 @@ def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(allowed
     assert float(rows[0]["message_bytes"]) > 30 * float(rows[-1]["message_bytes"])
     assert (tmp_path / "accuracy-large-2-200.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "step-large-2.png").exists()
-    for method in ("dense", "PowerSGD(1)", "LBGM(TopK(0.01), delta=0.5)"):
-        assert method in found.stdout
+    for method in ("Dense()", "PowerSGD(1)", "LBGM(TopK(0.01), delta=0.5)"):
+        assert method in printed
 
 
 @pytest.mark.netns
+@pytest.mark.xdist_group("netns")
 @pytest.mark.timeout(120)
-def test_exchange_is_measured_by_itself(allowed, tmp_path):
+def test_exchange_is_measured_by_itself(allowed, tmp_path, capsys):
     before = namespaces()
-    found = run("--probe-only", "--ranks", "3", "--rates", "100", "--out", str(tmp_path))
-    assert found.returncode == 0, found.stdout + found.stderr
+    arguments = ["--probe-only", "--ranks", "3", "--rates", "100", "--out", str(tmp_path)]
+    status = link.main(arguments)
+    printed = capsys.readouterr().out
+    assert status == 0, printed
     assert namespaces() == before
     [probe] = json.loads((tmp_path / "exchange.json").read_text())
     # A link cannot be beaten.
     assert probe["body_ms"] > 0.9 * probe["link_ms"]
-    assert "Mbit/s" in found.stdout
+    assert "Mbit/s" in printed
 
 
 @pytest.mark.netns
+@pytest.mark.xdist_group("netns")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_interrupted_run_leaves_nothing_behind(allowed, images, tmp_path, how):
@@ -98,29 +99,49 @@ def test_interrupted_run_leaves_nothing_behind(allowed, images, tmp_path, how):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while f"lbgm-{process.pid}-1" not in namespaces():
+    while not Path(f"/run/netns/lbgm-{process.pid}-1").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
+        time.sleep(0.02)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how], errors
     assert namespaces() == before
 
 
-def test_without_its_tools_it_says_so_and_makes_nothing(images, tmp_path):
-    found = run(
-        "--data-dir", str(images), "--out", str(tmp_path / "out"),
-        env={**os.environ, "PATH": str(tmp_path)},
-    )  # fmt: skip
-    assert found.returncode == 2
-    assert found.stderr == ("link.py: error: there is no 'ip': install Debian's package iproute2\n")
+def test_kept_results_of_earlier_names_are_drawn_without_links(tmp_path):
+    kept = ROOT / "benchmarks" / "results" / "link" / "link.csv"
+    # Two pictures are enough.
+    header, *rows = kept.read_text().splitlines(keepends=True)
+    lines = [header, *(row for row in rows if row.startswith("large,4,10.0,"))]
+    (tmp_path / "link.csv").write_text("".join(lines))
+    assert link.main(["--draw-only", "--out", str(tmp_path)]) == 0
+    pictures = ["accuracy-large-4-10.png", "link.csv", "step-large-4.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == pictures
+    # Drawing does not change the results.
+    assert (tmp_path / "link.csv").read_text() == "".join(lines)
+    epochs = link.read_epochs(kept)
+    assert {"Dense()", "PowerSGD(4)"} <= {epoch.method for epoch in epochs}
+    link.write_epochs(tmp_path / "link.csv", epochs)
+    assert link.read_epochs(tmp_path / "link.csv") == epochs
+
+
+def test_without_its_tools_it_says_so_and_makes_nothing(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        link.main(["--data-dir", str(images), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed == "link.py: error: there is no 'ip': install Debian's package iproute2\n"
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "dense; LBGM(Tpok(1))"], "unknown compressor 'Tpok'"),
+        (["--methods", "Dense(), LBGM(Tpok(1))"], "unknown compressor 'Tpok'"),
+        (["--methods", "dense"], "write dense(...)"),
+        (["--draw-only"], "there are no epochs in link.csv"),
         (["--cases", "huge"], "none of large, small"),
         (["--ranks", "1"], "from 2 to 16"),
         (["--rates", "0"], "from 0.1 to 10000"),

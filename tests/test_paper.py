@@ -1,4 +1,4 @@
-"""The paper's experiments, as smoke runs, and what they keep."""
+"""The figures of the paper as smoke tests, and the runs that they keep."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_interrupted_figure_keeps_what_is_finished(tmp_path, monkeypatch):
         (["everything"], "invalid choice: 'everything'"),
         (
             ["standalone", "--only", "cifar"],
-            "--only cifar: no setting is called so, there are mnist",
+            "--only cifar: no setting has such a name; there are mnist",
         ),
         (["standalone", "--quick", "--seed", "-1"], "--seed -1 is not from 0"),
         (["standalone", "--quick", "--device", "tpu"], "neither cpu nor cuda"),
