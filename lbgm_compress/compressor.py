@@ -68,6 +68,7 @@ __all__ = [
     "PayloadError",
     "State",
     "all_finite",
+    "check_compressor",
     "check_gradient",
     "raw",
     "square_sum",
@@ -324,6 +325,14 @@ class Compressor(abc.ABC):
                 "the state that decode was given, or add Kind.SETS to the head and to `kinds`"
             )
         return decoded, new
+
+
+def check_compressor(compressor: Any) -> None:
+    """Raise `TypeError` unless `compressor` is one."""
+    if not isinstance(compressor, Compressor):
+        raise TypeError(
+            f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
+        )
 
 
 def check_gradient(grad: Tensor, name: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The two ends of a connection: the only holders of state."""
+"""The two ends of a connection, which alone hold state between rounds."""
 
 from __future__ import annotations
 
@@ -12,48 +12,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbgm_compress.compressor import Compressor, State, check_gradient, owned
+from lbgm_compress._util.checks import check_whole
+from lbgm_compress._util.ends import (
+    STATE_FORMAT,
+    Layouts,
+    check_state,
+    check_targets,
+    check_unchanged,
+    identifiers_of,
+    sorted_names,
+    tensor_bytes,
+)
+from lbgm_compress.compressor import (
+    Compressor,
+    Encoding,
+    State,
+    check_compressor,
+    check_gradient,
+    owned,
+)
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
 from lbgm_compress.wire.message import (
     HEADER_SIZE,
     Kind,
     Message,
-    layout_hash,
     look_back_check,
     recycles,
 )
 
 __all__ = ["Receiver", "Sender", "TensorReport"]
 
-FORMAT = 1
+# Operations on members of an enumeration are slow.
+USES, SETS = int(Kind.USES), int(Kind.SETS)
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor in the last message."""
+    """Statistics of one tensor in the last message."""
 
     recycled: bool
-    """Whether a look-back gradient stood in for it and nothing new was set."""
+    """True if the look-back gradient was used and no new one was sent."""
     phase_error: float | None
-    """sin^2 of the angle to what was looked back at; None if nothing was."""
+    """sin^2 of the angle to the look-back gradient; None without one."""
     bytes: int
-    """Its share of the message, without the message's own 16 bytes."""
+    """Bytes of the tensor's payload, without the header of the message."""
 
 
 class Sender:
-    """A worker's end: turns its gradients into messages.
+    """The end of a worker, which turns its gradients into messages.
 
     Parameters
     ----------
     compressor
-        What both ends use.
+        The compressor, the same at both ends.
     seed
-        Seed of the compressor's randomness, if it has any: give every worker another one.
+        Seed of the compressor's randomness, if it has any. Every worker needs another one.
     compact
-        Keep what is looked back at as the receiver does, compressed, for a worker whose memory is
-        scarce, or whose state is moved about: it costs a decoding a round. What only the sender
-        knows, such as a residual, stays as it is.
+        If True, keep look-back gradients compressed, as the receiver does. This saves memory and
+        makes `state_dict` small, and costs one decoding a round. A residual is kept as it is.
+
+    Raises
+    ------
+    TypeError
+        If `compressor` is not a compressor, or `seed` not an int.
 
     Examples
     --------
@@ -68,27 +90,26 @@ class Sender:
     """
 
     def __init__(self, compressor: Compressor, *, seed: int = 0, compact: bool = False) -> None:
-        _check_compressor(compressor)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be a whole number, not {seed!r}")
+        check_compressor(compressor)
+        check_whole("seed", seed, error=TypeError)
         self.compressor = compressor
         self.seed = seed
         self.compact = compact
         self._tensors: dict[str, dict[str, Any]] = {}
-        self._layouts: dict[tuple[str, ...], int] = {}
+        self._layouts = Layouts(repr(compressor))
         self._report: dict[str, TensorReport] = {}
 
     def compress(self, grads: Mapping[str, Tensor], peer: Tensor | None = None) -> Tensor:
-        """Compress one round's gradients into a message.
+        """Compress the gradients of one round into a message.
 
         Parameters
         ----------
         grads
             Tensors by name: of any shape; float32, float16, bfloat16 or float64; all on one
-            device. Their order does not matter. A name keeps its shape and dtype for good.
+            device. Their order does not matter. A name must keep its shape and dtype.
         peer
-            The receiver's `Receiver.digest` for the same names. Where it differs from what this
-            sender looks back at, the tensor is sent in full.
+            The receiver's `Receiver.digest` for the same names. A tensor for which the receiver
+            holds another look-back gradient than this sender is sent in full.
 
         Returns
         -------
@@ -101,82 +122,105 @@ class Sender:
             If a gradient is not a dense floating-point tensor.
         ValueError
             If there are no gradients, a shape, dtype or device does not fit, or `peer` is not a
-            digest for these tensors. The sender's state is as it was.
+            digest for these tensors. The sender's state is then unchanged.
         """
         return self.encode(grads, peer)[0]
 
     def encode(
         self, grads: Mapping[str, Tensor], peer: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Decoded]]:
-        """Do `compress`, and return the message and what receivers will make of it.
+        """Compress the gradients of one round, and return the message and the decoded tensors.
 
-        The decoded tensors, by name, may share memory with `grads`; adding them up with `add_to`
-        gives the bits of `Receiver.accumulate`. For a worker that needs the average itself, and
-        would otherwise decode its own message.
+        For a worker that needs the average itself: it need not decode its own message. Parameters
+        and errors are those of `compress`.
+
+        Returns
+        -------
+        message
+            As `compress` returns it.
+        decoded
+            What receivers will decode, by name. The tensors may share memory with `grads`. Adding
+            them up with `Decoded.add_to` gives the bits of `Receiver.accumulate`.
         """
-        names = _sorted_names(grads)
-        tensors = []
+        parts = self._parts(grads)
+        if peer is not None:
+            for part, identifier in zip(parts, identifiers_of(peer, len(parts)), strict=True):
+                if part.identifier != identifier:
+                    part.forget(self.compressor)
+
+        encodings = self.compressor.encode_batch([p.grad for p in parts], [p.state for p in parts])
+        bodies = [None if encoding.body is None else encoding.body() for encoding in encodings]
+        used = [
+            part.identifier if encoding.head[0] & USES else 0
+            for part, encoding in zip(parts, encodings, strict=True)
+        ]
+        layout = self._layouts.of({part.name: part.grad for part in parts})
+        identifier = secrets.randbits(64) or 1
+        heads = [encoding.head for encoding in encodings]
+        message = Message(layout, look_back_check(used), identifier, heads, bodies)
+        packed = message.pack(parts[0].grad.device)
+
+        entries, report, decoded = {}, {}, {}
+        for part, encoding, body, size in zip(
+            parts, encodings, bodies, message.sizes(), strict=True
+        ):
+            kind = encoding.head[0]
+            if kind & SETS:
+                part.identifier = identifier
+            entries[part.name] = self._entry(part, encoding, body)
+            report[part.name] = TensorReport(recycles(kind), encoding.phase_error, size)
+            decoded[part.name] = encoding.decoded
+        self._tensors.update(entries)
+        self._report = report
+        return packed, decoded
+
+    def _parts(self, grads: Mapping[str, Tensor]) -> list[_Part]:
+        """Check the gradients, and return them with what is known of each, sorted by name."""
+        names = sorted_names(grads)
         for name in names:
             check_gradient(grads[name], name)
-            tensors.append(grads[name].detach())
-        for name, tensor in zip(names, tensors, strict=True):
-            if tensor.device != tensors[0].device:
+        device = grads[names[0]].device
+        parts = []
+        for name in names:
+            grad = grads[name].detach()
+            if grad.device != device:
                 raise ValueError(
-                    f"the gradient {name!r} is on {tensor.device} and {names[0]!r} on "
-                    f"{tensors[0].device}: a message's gradients share a device"
+                    f"the gradient {name!r} is on {grad.device} and {names[0]!r} on {device}: a "
+                    "message's gradients share a device"
                 )
-            self._check_known(name, tensor)
-        known = [self._tensors.get(name) for name in names]
-        states = [self._state(*pair) for pair in zip(names, known, tensors, strict=True)]
-        identifiers = [entry["id"] if entry else 0 for entry in known]
-        held = [entry["held"] if entry and self.compact else {} for entry in known]
-        if peer is not None:
-            for i, identifier in enumerate(_from_digest(peer, len(names))):
-                if identifier != identifiers[i]:
-                    states[i] = self.compressor.forget(states[i])
-                    identifiers[i] = 0
-                    held[i] = {}
-
-        encodings = self.compressor.encode_batch(tensors, states)
-        kinds = [encoding.head[0] for encoding in encodings]
-        used = [i if kind & Kind.USES else 0 for i, kind in zip(identifiers, kinds, strict=True)]
-        new = secrets.randbits(64) or 1
-        bodies = [None if e.body is None else e.body() for e in encodings]
-        layout = _layout(self._layouts, self.compressor, dict(zip(names, tensors, strict=True)))
-        heads = [encoding.head for encoding in encodings]
-        message = Message(layout, look_back_check(used), new, heads, bodies)
-        packed = message.pack(tensors[0].device)
-
-        for i, name in enumerate(names):
-            state: dict[str, Any] = {"state": encodings[i].state}
+            entry = self._tensors.get(name)
+            if entry is None:
+                shape, dtype = tuple(grad.shape), str(grad.dtype)
+                state = self.compressor.initial_state(self._seed(name))
+                parts.append(_Part(name, grad, shape, dtype, state, 0, {}))
+                continue
+            check_unchanged(name, grad, entry)
+            held: State = {}
             if self.compact:
-                if kinds[i] & Kind.SETS:
-                    held[i] = self.compressor.read(heads[i], bodies[i], held[i], tensors[i])[1]
-                state = {"own": self.compressor.own_state(encodings[i].state), "held": held[i]}
-            self._tensors[name] = {
-                "id": new if kinds[i] & Kind.SETS else identifiers[i],
-                "shape": tuple(tensors[i].shape),
-                "dtype": str(tensors[i].dtype),
-                **state,
-            }
-        self._report = {
-            name: TensorReport(
-                recycled=recycles(kind),
-                phase_error=encoding.phase_error,
-                bytes=size,
-            )
-            for name, kind, encoding, size in zip(
-                names, kinds, encodings, message.sizes(), strict=True
-            )
-        }
-        return packed, dict(zip(names, (e.decoded for e in encodings), strict=True))
+                held = entry["held"]
+                state = self.compressor.sender_state(entry["own"], held, grad)
+            else:
+                state = entry["state"]
+            shape, dtype, identifier = entry["shape"], entry["dtype"], entry["id"]
+            parts.append(_Part(name, grad, shape, dtype, state, identifier, held))
+        return parts
+
+    def _entry(self, part: _Part, encoding: Encoding, body: Tensor | None) -> dict[str, Any]:
+        """Return what is kept of a tensor until the next round."""
+        entry = {"id": part.identifier, "shape": part.shape, "dtype": part.dtype}
+        if not self.compact:
+            return {**entry, "state": encoding.state}
+        held = part.held
+        if encoding.head[0] & SETS:
+            held = self.compressor.read(encoding.head, body, held, part.grad)[1]
+        return {**entry, "own": self.compressor.own_state(encoding.state), "held": held}
 
     def report(self) -> dict[str, TensorReport]:
-        """Return what became of each tensor of the last message; empty before the first."""
+        """Return statistics of each tensor in the last message; empty before the first."""
         return dict(self._report)
 
     def reset(self) -> None:
-        """Forget all look-back gradients: the next message is full. Residuals stay."""
+        """Drop all look-back gradients, so that the next message is full; residuals are kept."""
         for entry in self._tensors.values():
             mine = "own" if self.compact else "state"
             entry[mine] = self.compressor.forget(entry[mine])
@@ -185,12 +229,12 @@ class Sender:
                 entry["held"] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a nested dict of tensors and numbers, which shares their memory.
+        """Return the state as a nested dict of tensors and numbers, which are not copied.
 
         It survives `torch.save` and ``torch.load(weights_only=True)``.
         """
         return {
-            "format": FORMAT,
+            "format": STATE_FORMAT,
             "compressor": repr(self.compressor),
             "seed": self.seed,
             "tensors": {name: dict(entry) for name, entry in self._tensors.items()},
@@ -202,10 +246,10 @@ class Sender:
         Raises
         ------
         ValueError
-            If it is that of another compressor, of a compact sender where this is none (or the
-            other way round), or no such state. The state is as it was.
+            If `state` is that of another compressor, of a compact sender where this one is not (or
+            the other way round), or no such state. The sender's state is then unchanged.
         """
-        _check_state(state, self.compressor, ("seed", "tensors"))
+        check_state(state, repr(self.compressor), ("seed", "tensors"))
         parts = {"own", "held"} if self.compact else {"state"}
         for name, entry in state["tensors"].items():
             if not isinstance(entry, Mapping) or set(entry) != {"id", "shape", "dtype", *parts}:
@@ -215,17 +259,8 @@ class Sender:
                 )
         self.seed = state["seed"]
         self._tensors = {name: dict(entry) for name, entry in state["tensors"].items()}
-        self._layouts = {}
+        self._layouts = Layouts(repr(self.compressor))
         self._report = {}
-
-    def _state(self, name: str, entry: dict[str, Any] | None, like: Tensor) -> State:
-        """Return a tensor's state as the compressor wants it."""
-        if entry is None:
-            return self.compressor.initial_state(self._seed(name))
-        if not self.compact:
-            state: State = entry["state"]
-            return state
-        return self.compressor.sender_state(entry["own"], entry["held"], like)
 
     def _seed(self, name: str) -> int:
         # Tensors of one worker must not share their randomness.
@@ -233,31 +268,46 @@ class Sender:
             hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=7).digest(), "little"
         )
 
-    def _check_known(self, name: str, tensor: Tensor) -> None:
-        entry = self._tensors.get(name)
-        if entry is None:
-            return
-        found, expected = (tuple(tensor.shape), str(tensor.dtype)), (entry["shape"], entry["dtype"])
-        if found != expected:
-            raise ValueError(
-                f"the gradient {name!r} has shape and dtype {found}, before it had {expected}: "
-                "use a new Sender for another model"
-            )
+
+@dataclass(slots=True)
+class _Part:
+    """One tensor of a message that is being made."""
+
+    name: str
+    grad: Tensor
+    shape: tuple[int, ...]
+    dtype: str
+    state: State
+    """The sender's state before this round."""
+    identifier: int
+    """Identifier of the look-back gradient that the receiver holds; 0 for none."""
+    held: State
+    """The receiver's state, which a compact sender keeps."""
+
+    def forget(self, compressor: Compressor) -> None:
+        """Drop the look-back gradient."""
+        self.state, self.identifier, self.held = compressor.forget(self.state), 0, {}
 
 
 class Receiver:
-    """The server's end, or another rank's: turns the messages of many senders into gradients.
+    """The end of a server or of another rank, which decodes the messages of many senders.
 
-    It holds, for every sender, what that sender's messages look back at: for `LBGM` the payloads
-    that carried the look-back gradients, as compressed as they came.
+    For every sender it holds what that sender's messages look back at: with `LBGM`, the compressed
+    payloads that carried the look-back gradients.
 
     Parameters
     ----------
     compressor
-        What both ends use.
+        The compressor, the same at both ends.
     like
         Tensors with the names, shapes, dtypes and the device of the gradients, for example the
-        model's parameters; their values do not matter and they are not kept.
+        model's parameters. Their values do not matter, and they are not kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `compressor` is not a compressor, or `like` holds something else than dense
+        floating-point tensors, or nothing.
 
     Examples
     --------
@@ -271,15 +321,15 @@ class Receiver:
     """
 
     def __init__(self, compressor: Compressor, like: Mapping[str, Tensor]) -> None:
-        _check_compressor(compressor)
+        check_compressor(compressor)
         self.compressor = compressor
         self._like: dict[str, Tensor] = {}
-        for name in _sorted_names(like):
+        for name in sorted_names(like):
             check_gradient(like[name], name)
-            # One element stands for all, so that nothing of the tensor's size is kept.
+            # An expanded element has the shape, and takes no memory of the tensor's size.
             element = torch.empty((), dtype=like[name].dtype, device=like[name].device)
             self._like[name] = element.expand(like[name].shape)
-        self._layouts: dict[tuple[str, ...], int] = {}
+        self._layouts = Layouts(repr(compressor))
         self._senders: dict[int | str, dict[str, dict[str, Any]]] = {}
 
     def decompress(
@@ -295,13 +345,13 @@ class Receiver:
         Parameters
         ----------
         sender_id
-            Who sent it, as the transport knows; never taken from the message.
+            Id of the sender, as the transport knows it; it is never taken from the message.
         message
             Flat uint8, as `Sender.compress` returned it.
         names
-            The tensors in the message; all of them unless given.
+            Names of the tensors in the message; all of `like` by default.
         check
-            Called with the decoded tensors: what it raises refuses the message.
+            Called with the decoded tensors. If it raises, the message is refused.
 
         Returns
         -------
@@ -311,10 +361,14 @@ class Receiver:
         Raises
         ------
         PayloadError
-            If the bytes are not a message for these tensors. The receiver's state is as it was.
+            If the bytes are not a message for these tensors.
         OutOfSyncError
-            If the message recycles a look-back gradient that this receiver does not hold. The
-            receiver's state is as it was.
+            If the message recycles a look-back gradient that this receiver does not hold.
+        RuntimeError
+            If the compressor breaks the contract: it returned a new state from a payload that sets
+            none.
+
+        After any error the receiver's state is unchanged.
         """
         decoded, states = self._read(sender_id, message, names)
         tensors = {name: owned(tensor, message) for name, tensor in decoded.items()}
@@ -331,38 +385,32 @@ class Receiver:
         weight: float,
         names: Iterable[str] | None = None,
     ) -> None:
-        """Add `weight` times the decoded tensors to those of `into`, in place.
+        """Add `weight` times the decoded tensors to the tensors of `into`, in place.
 
-        `into` holds a tensor of the right shape for each name, on the device of `like`; the sum is
-        taken in its dtype. Parameters and errors are otherwise those of `decompress`; when an
-        error is raised, `into` is unchanged. A sparse payload costs O(k).
+        `into` has a tensor for each name, of the shape and on the device of `like`; the sum is
+        taken in that tensor's dtype. A sparse payload of k entries costs O(k). The other parameters
+        and the errors are those of `decompress`, and `ValueError` if a tensor of `into` is missing
+        or has another shape. After any error `into` is unchanged.
         """
         names = self._names(names)
-        for name in names:
-            if name not in into:
-                raise ValueError(f"there is no tensor {name!r} to add to")
-            if into[name].shape != self._like[name].shape:
-                raise ValueError(
-                    f"the tensor {name!r} to add to has shape {tuple(into[name].shape)}, "
-                    f"expected {tuple(self._like[name].shape)}"
-                )
+        check_targets(into, self._likes(names))
         decoded, states = self._read(sender_id, message, names)
         for name, tensor in decoded.items():
             tensor.add_to(into[name], weight)
         self._commit(sender_id, states)
 
     def finish(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the compressor makes of the average over all senders."""
+        """Return the result of a step: `Compressor.finish` of the average over all senders."""
         return {name: self.compressor.finish(tensor) for name, tensor in mean.items()}
 
     def digest(self, sender_id: int | str, names: Iterable[str] | None = None) -> Tensor:
-        """Say what this receiver holds of a sender, tensor by tensor.
+        """Return the identifiers of the look-back gradients that this receiver holds of a sender.
 
         Returns
         -------
         Tensor
-            Flat uint8 on the CPU, eight bytes for each name in sorted order: the identifier of the
-            look-back gradient, or zeros. For `Sender.compress`.
+            Flat uint8 on the CPU: eight bytes for each name in sorted order, zeros where nothing is
+            held. It is the argument `peer` of `Sender.compress`.
         """
         held = self._senders.get(sender_id, {})
         identifiers = [held[name]["id"] if name in held else 0 for name in self._names(names)]
@@ -372,9 +420,9 @@ class Receiver:
     def report(
         self, message: Tensor, names: Iterable[str] | None = None
     ) -> dict[str, TensorReport]:
-        """Say what a message holds of each tensor, without decoding it.
+        """Return statistics of each tensor in a message, without decoding it.
 
-        Of `TensorReport`, the phase errors are None: they do not travel.
+        The phase errors are None: they are not in the message.
 
         Raises
         ------
@@ -382,16 +430,16 @@ class Receiver:
             If the bytes are not a message for these tensors.
         """
         names = self._names(names)
-        parts = self._unpack(message, names)
+        parts = self._unpack(message, self._likes(names))
         return {
             name: TensorReport(recycles(head[0]), None, size)
             for name, head, size in zip(names, parts.heads, parts.sizes(), strict=True)
         }
 
     def held_bytes(self, sender_id: int | str) -> int:
-        """Return how many bytes of tensors this receiver holds of a sender."""
+        """Return the size in bytes of all tensors that this receiver holds of a sender."""
         entries = self._senders.get(sender_id, {}).values()
-        return sum(_tensor_bytes(entry["state"]) for entry in entries)
+        return sum(tensor_bytes(entry["state"]) for entry in entries)
 
     def head_size(self, names: Iterable[str] | None = None) -> int:
         """Return the size in bytes of the fixed-size head of a message for these tensors."""
@@ -399,15 +447,15 @@ class Receiver:
         return HEADER_SIZE + sum(sizes)
 
     def senders(self) -> list[int | str]:
-        """Return the ids of the senders of whom this receiver holds something."""
+        """Return the ids of the senders of which this receiver holds look-back gradients."""
         return list(self._senders)
 
     def drop(self, sender_id: int | str) -> None:
-        """Forget a sender, known or not."""
+        """Drop the state of a sender, which may be unknown; its next message must be full."""
         self._senders.pop(sender_id, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a nested dict of tensors and numbers, which shares their memory.
+        """Return the state as a nested dict of tensors and numbers, which are not copied.
 
         It survives `torch.save` and ``torch.load(weights_only=True)``.
         """
@@ -415,7 +463,7 @@ class Receiver:
             sender_id: {name: dict(entry) for name, entry in tensors.items()}
             for sender_id, tensors in self._senders.items()
         }
-        return {"format": FORMAT, "compressor": repr(self.compressor), "senders": senders}
+        return {"format": STATE_FORMAT, "compressor": repr(self.compressor), "senders": senders}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state by one that `state_dict` returned.
@@ -423,10 +471,10 @@ class Receiver:
         Raises
         ------
         ValueError
-            If it is that of another compressor, of other tensors, or no such state. The state is
-            as it was.
+            If `state` is that of another compressor or of other tensors, or no such state. The
+            receiver's state is then unchanged.
         """
-        _check_state(state, self.compressor, ("senders",))
+        check_state(state, repr(self.compressor), ("senders",))
         for sender_id, tensors in state["senders"].items():
             for name, entry in tensors.items():
                 if name not in self._like:
@@ -453,23 +501,22 @@ class Receiver:
     def _read(
         self, sender_id: int | str, message: Tensor, names: Iterable[str] | None
     ) -> tuple[dict[str, Decoded], dict[str, dict[str, Any]]]:
-        """Decode a message and return the tensors and what the sender's state becomes."""
+        """Return the decoded tensors of a message, and the states that it sets."""
         if not isinstance(sender_id, (int, str)):
             raise TypeError(f"a sender's id is an int or a str, not {type(sender_id).__name__}")
-        names = self._names(names)
-        likes = {name: self._like[name] for name in names}
-        parts = self._unpack(message, names)
+        likes = self._likes(self._names(names))
+        parts = self._unpack(message, likes)
 
         held = self._senders.get(sender_id, {})
         used = []
-        for name, head in zip(names, parts.heads, strict=True):
-            if head[0] & Kind.USES and name not in held:
+        for name, head in zip(likes, parts.heads, strict=True):
+            if head[0] & USES and name not in held:
                 raise OutOfSyncError(
                     f"the message of sender {sender_id!r} recycles a look-back gradient of "
                     f"{name!r}, and this receiver holds none: send in full (Sender.reset, or "
                     "Sender.compress with this receiver's digest)"
                 )
-            used.append(held[name]["id"] if head[0] & Kind.USES else 0)
+            used.append(held[name]["id"] if head[0] & USES else 0)
         if look_back_check(used) != parts.check:
             raise OutOfSyncError(
                 f"the message of sender {sender_id!r} recycles look-back gradients other than "
@@ -485,72 +532,20 @@ class Receiver:
                 decoded[name], state = self.compressor.read(head, body, state, like)
             except PayloadError as error:
                 raise type(error)(f"tensor {name!r}: {error}") from None
-            if head[0] & Kind.SETS:
+            if head[0] & SETS:
                 states[name] = {"id": parts.identifier, "state": state}
         return decoded, states
 
-    def _unpack(self, message: Tensor, names: list[str]) -> Message:
-        """Take a message apart."""
+    def _likes(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self._like[name] for name in names}
+
+    def _unpack(self, message: Tensor, likes: Mapping[str, Tensor]) -> Message:
         if not isinstance(message, Tensor) or message.dtype != torch.uint8 or message.dim() != 1:
             raise TypeError("a message is a flat uint8 tensor")
-        likes = {name: self._like[name] for name in names}
         sizes = [self.compressor.head_size(like) for like in likes.values()]
-        layout = _layout(self._layouts, self.compressor, likes)
+        layout = self._layouts.of(likes)
         return Message.unpack(message.contiguous(), layout, sizes)
 
     def _commit(self, sender_id: int | str, states: dict[str, dict[str, Any]]) -> None:
         if states:
             self._senders.setdefault(sender_id, {}).update(states)
-
-
-def _tensor_bytes(state: Any) -> int:
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    return sum(map(_tensor_bytes, state.values())) if isinstance(state, Mapping) else 0
-
-
-def _check_compressor(compressor: Compressor) -> None:
-    if not isinstance(compressor, Compressor):
-        raise TypeError(
-            f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
-        )
-
-
-def _sorted_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    if not tensors:
-        raise ValueError("there are no tensors")
-    for name in tensors:
-        if not isinstance(name, str):
-            raise TypeError(f"a tensor's name is a str, not {name!r}")
-    return sorted(tensors)
-
-
-def _layout(
-    cache: dict[tuple[str, ...], int], compressor: Compressor, tensors: Mapping[str, Tensor]
-) -> int:
-    # A name keeps its shape and dtype at each end, so that the names are key enough.
-    key = tuple(tensors)
-    if key not in cache:
-        described = ((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        cache[key] = layout_hash(repr(compressor), described)
-    return cache[key]
-
-
-def _from_digest(digest: Tensor, count: int) -> tuple[int, ...]:
-    if digest.dtype != torch.uint8 or digest.numel() != 8 * count:
-        raise ValueError(
-            f"a digest for {count} tensors has {8 * count} bytes (uint8), not "
-            f"{digest.numel()} of {digest.dtype}"
-        )
-    return struct.unpack(f"<{count}Q", digest.cpu().numpy().tobytes())
-
-
-def _check_state(state: Mapping[str, Any], compressor: Compressor, keys: tuple[str, ...]) -> None:
-    if not isinstance(state, Mapping) or not {"format", "compressor", *keys} <= set(state):
-        raise ValueError("this is not a state that state_dict() of this class returned")
-    if state["format"] != FORMAT:
-        raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
-    if state["compressor"] != repr(compressor):
-        raise ValueError(
-            f"the state is that of {state['compressor']}, and this end uses {compressor!r}"
-        )

@@ -1,0 +1,107 @@
+"""Helpers of `Sender` and `Receiver`: names, layouts, digests and saved states."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbgm_compress.wire.message import layout_hash
+
+__all__ = [
+    "STATE_FORMAT",
+    "Layouts",
+    "check_state",
+    "check_targets",
+    "check_unchanged",
+    "identifiers_of",
+    "sorted_names",
+    "tensor_bytes",
+]
+
+STATE_FORMAT = 1
+
+
+class Layouts:
+    """Hashes of lists of tensors, computed once for each list of names.
+
+    A name must keep its shape and dtype.
+    """
+
+    def __init__(self, compressor: str) -> None:
+        self._compressor = compressor
+        self._known: dict[tuple[str, ...], int] = {}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return the hash of these tensors in a message."""
+        names = tuple(tensors)
+        if names not in self._known:
+            described = ((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+            self._known[names] = layout_hash(self._compressor, described)
+        return self._known[names]
+
+
+def sorted_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in the order of a message; raise an error if there are none."""
+    if not tensors:
+        raise ValueError("there are no tensors")
+    for name in tensors:
+        if not isinstance(name, str):
+            raise TypeError(f"a tensor's name is a str, not {name!r}")
+    return sorted(tensors)
+
+
+def identifiers_of(digest: Tensor, count: int) -> tuple[int, ...]:
+    """Return the identifiers in a receiver's digest for `count` tensors."""
+    if digest.dtype != torch.uint8 or digest.numel() != 8 * count:
+        raise ValueError(
+            f"a digest for {count} tensors has {8 * count} bytes (uint8), not "
+            f"{digest.numel()} of {digest.dtype}"
+        )
+    return struct.unpack(f"<{count}Q", digest.cpu().numpy().tobytes())
+
+
+def check_state(state: Mapping[str, Any], compressor: str, keys: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `state` has these keys, this format and this compressor."""
+    if not isinstance(state, Mapping) or not {"format", "compressor", *keys} <= set(state):
+        raise ValueError("this is not a state that state_dict() of this class returned")
+    if state["format"] != STATE_FORMAT:
+        raise ValueError(
+            f"the state has format {state['format']}, this release reads {STATE_FORMAT}"
+        )
+    if state["compressor"] != compressor:
+        raise ValueError(
+            f"the state is that of {state['compressor']}, and this end uses {compressor}"
+        )
+
+
+def check_unchanged(name: str, grad: Tensor, entry: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a gradient has the shape and dtype that its entry has."""
+    found, expected = (tuple(grad.shape), str(grad.dtype)), (entry["shape"], entry["dtype"])
+    if found != expected:
+        raise ValueError(
+            f"the gradient {name!r} has shape and dtype {found}, before it had {expected}: "
+            "use a new Sender for another model"
+        )
+
+
+def check_targets(into: Mapping[str, Tensor], likes: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless `into` has a tensor of the right shape for each of `likes`."""
+    for name, like in likes.items():
+        if name not in into:
+            raise ValueError(f"there is no tensor {name!r} to add to")
+        if into[name].shape != like.shape:
+            raise ValueError(
+                f"the tensor {name!r} to add to has shape {tuple(into[name].shape)}, "
+                f"expected {tuple(like.shape)}"
+            )
+
+
+def tensor_bytes(state: Any) -> int:
+    """Return the size in bytes of all tensors in a nested mapping."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(tensor_bytes, state.values())) if isinstance(state, Mapping) else 0
