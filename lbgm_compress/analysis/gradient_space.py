@@ -55,7 +55,7 @@ class GradientSpace:
     Parameters
     ----------
     per_layer
-        Whether to analyse each named tensor, called a layer here, as well as the whole gradient.
+        If True, analyse each named tensor, called a layer here, as well as the whole gradient.
     projection
         Number d of projected entries to keep of each gradient (of each layer's gradient with
         `per_layer`), in the place of all entries. A gradient with at most d entries is kept as it

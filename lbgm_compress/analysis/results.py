@@ -18,7 +18,7 @@ class Results(Protocol):
 
     @property
     def per_layer(self) -> bool:
-        """Whether layers were analysed as well as the whole gradient."""
+        """True if layers are analysed as well as the whole gradient."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

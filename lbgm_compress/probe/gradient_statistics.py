@@ -11,7 +11,7 @@ from torch import Tensor
 from lbgm_compress.compressor import owned
 from lbgm_compress.compressors.lbgm import LookBack
 from lbgm_compress.compressors.numerics import SQUARES
-from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.decoded import Decoded, Dense, working_dtype
 
 __all__ = ["CachedDecoded", "GradientStatistics", "dot64", "gradient_statistics"]
 
@@ -71,8 +71,8 @@ class GradientStatistics(Decoded):
         if other is None:
             return self._square, self._square
         if id(other) not in self._products:
-            flat = self._grad.reshape(-1), other.reshape(-1)
-            a, b = (f.float() if f.dtype.itemsize < 4 else f for f in flat)
+            dtype = working_dtype(self._grad)
+            a, b = (tensor.reshape(-1).to(dtype) for tensor in (self._grad, other))
             self._products[id(other)] = torch.dot(a, b)
         return self._square, self._products[id(other)]
 

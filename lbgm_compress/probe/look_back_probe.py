@@ -25,6 +25,7 @@ from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
 from lbgm_compress.compressors.norm_budget import NormBudget
+from lbgm_compress.decoded import working_dtype
 from lbgm_compress.probe.gradient_statistics import GradientStatistics, gradient_statistics
 from lbgm_compress.probe.replay import LookBackReplay, Replay, SubspaceReplay
 from lbgm_compress.probe.report import Report, advice
@@ -335,8 +336,7 @@ class LookBackProbe:
         for name, mean in means.items():
             if name not in kept:
                 # Sums of float16 would overflow, and its means lose digits.
-                wide = torch.float32 if mean.dtype.itemsize < 4 else mean.dtype
-                kept[name] = torch.empty_like(mean, dtype=wide)
+                kept[name] = torch.empty_like(mean, dtype=working_dtype(mean))
             kept[name].copy_(mean)
         return {name: kept[name] for name in means}
 

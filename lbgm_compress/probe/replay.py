@@ -233,8 +233,8 @@ class LookBackReplay(Replay):
     steps
         As in `Replay`.
     exact
-        Whether every full payload is made; else one of `SIZED_EVERY` is, and its size is taken for
-        the payloads that follow.
+        If True, make every full payload; else make one of `SIZED_EVERY`, and take its size for
+        those that follow.
     """
 
     compressors: list[LBGM]  # type: ignore[assignment]
@@ -286,7 +286,7 @@ class LookBackReplay(Replay):
     def _sized(self, name: str, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Return a body of the size of this one, or of one of the last few of the tensor.
 
-        Where sizes differ at all, as those of coded indices do, they change slowly.
+        Sizes that differ, as those of coded indices do, change slowly.
         """
 
         @functools.cache

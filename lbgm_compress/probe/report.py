@@ -43,7 +43,7 @@ class Row:
     relative_error: float
     """Root mean square over rounds of |g - applied| / |g|."""
     subspace: bool
-    """Whether the method is a `LookBackSubspace`."""
+    """True if the method is a `LookBackSubspace`."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def advice(rows: Sequence[Row], rounds: int, skipped: int, updates: bool) -> str
     rounds, skipped
         Number of gradients that were observed, and of those with inf or nan.
     updates
-        Whether updates were observed in the place of gradients.
+        True if updates were observed in the place of gradients.
     """
     whole = [row for row in rows if row.tensor is None]
     plain = [row for row in whole if row.steps == 1 and not row.subspace]
