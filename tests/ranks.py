@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 __all__ = ["Failed", "run_ranks"]
 
-# A server that has imported once what ranks need forks them: they start in milliseconds, and inherit
+# A server that has imported what ranks need forks them: they start in milliseconds, and inherit
 # neither the tests' threads nor their open files.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
