@@ -190,30 +190,31 @@ class Sender:
                 )
             entry = self._tensors.get(name)
             if entry is None:
-                shape, dtype = tuple(grad.shape), str(grad.dtype)
                 state = self.compressor.initial_state(self._seed(name))
-                parts.append(_Part(name, grad, shape, dtype, state, 0, {}))
-                continue
-            check_unchanged(name, grad, entry)
-            held: State = {}
-            if self.compact:
-                held = entry["held"]
-                state = self.compressor.sender_state(entry["own"], held, grad)
+                parts.append(_Part(name, grad, state, 0, {}))
             else:
-                state = entry["state"]
-            shape, dtype, identifier = entry["shape"], entry["dtype"], entry["id"]
-            parts.append(_Part(name, grad, shape, dtype, state, identifier, held))
+                check_unchanged(name, grad, entry)
+                state = self._state(entry, grad)
+                parts.append(_Part(name, grad, state, entry["id"], entry.get("held", {})))
         return parts
 
     def _entry(self, part: _Part, encoding: Encoding, body: Tensor | None) -> dict[str, Any]:
         """Return what is kept of a tensor until the next round."""
-        entry = {"id": part.identifier, "shape": part.shape, "dtype": part.dtype}
+        shape, dtype = tuple(part.grad.shape), str(part.grad.dtype)
+        entry = {"id": part.identifier, "shape": shape, "dtype": dtype}
         if not self.compact:
             return {**entry, "state": encoding.state}
         held = part.held
         if encoding.head[0] & SETS:
             held = self.compressor.read(encoding.head, body, held, part.grad)[1]
         return {**entry, "own": self.compressor.own_state(encoding.state), "held": held}
+
+    def _state(self, entry: Mapping[str, Any], like: Tensor) -> State:
+        """Return the compressor's state from what was kept."""
+        if self.compact:
+            return self.compressor.sender_state(entry["own"], entry["held"], like)
+        state: State = entry["state"]
+        return state
 
     def report(self) -> dict[str, TensorReport]:
         """Return statistics of each tensor in the last message; empty before the first."""
@@ -275,8 +276,6 @@ class _Part:
 
     name: str
     grad: Tensor
-    shape: tuple[int, ...]
-    dtype: str
     state: State
     """The sender's state before this round."""
     identifier: int
