@@ -40,9 +40,6 @@ def same_draws():
     np.random.seed(0)  # noqa: NPY002  Flower's noise comes from there
 
 
-# --- replies that cannot be believed --------------------------------------------------------------
-
-
 def hostile(rng, reply, others, arrays):
     """Return a reply with one of many faults."""
     content = reply.content

@@ -430,6 +430,7 @@ COMPRESSORS = {
 
 @pytest.mark.grace
 @pytest.mark.horovod
+@pytest.mark.xdist_group("grace")
 @needs_horovod
 @needs_checkout
 @pytest.mark.timeout(300)
@@ -447,6 +448,7 @@ def test_compressor_of_a_real_checkout(real, name, expected):
 
 @pytest.mark.grace
 @pytest.mark.horovod
+@pytest.mark.xdist_group("grace")
 @needs_horovod
 @needs_checkout
 @pytest.mark.timeout(300)
