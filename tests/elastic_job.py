@@ -1,8 +1,9 @@
-"""An elastic job on handwritten digits, of which workers die, or which others join.
+"""An elastic job on handwritten digits, in which a worker dies or joins.
 
-``python elastic_job.py FOLDER LAST_STEP EVENT``: at step 60, with EVENT ``kill``, the worker on the
-second host kills itself in the middle of a step; with EVENT ``join``, that host becomes available,
-and the first one goes on until its worker has come.
+``python elastic_job.py FOLDER LAST_STEP EVENT``: FOLDER has images and labels in ``digits.pt``, and
+takes the results. At step 60, with EVENT ``kill``, the worker on the second host kills itself in
+the middle of a step; with EVENT ``join``, that host becomes available, and the others repeat the
+step until its worker has come.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import horovod.torch as hvd
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from lbgm_compress import LBGM, TopK
@@ -28,8 +28,7 @@ second_host = os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1"
 torch.set_num_threads(1)
 hvd.init()
 
-images, labels = load_digits(return_X_y=True)
-x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+x, y = torch.load(folder / "digits.pt")
 torch.manual_seed(hvd.rank())
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -1,9 +1,10 @@
-"""Real Horovod jobs on the loopback: ``horovodrun`` starts this file on every rank."""
+"""Real Horovod jobs on the loopback."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import multiprocessing.process
 import os
 import pickle
 import subprocess
@@ -12,18 +13,17 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from tests.ranks import Failed
+from tests.ranks import CONTEXT, Failed
 
 __all__ = ["JobFailed", "horovodrun", "jobs_end", "needs_horovod", "run_horovod"]
 
 ROOT = Path(__file__).parent.parent
-KEY = b"lbgm_compress"
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None,
     reason="Horovod is not installed: make horovod",
@@ -89,49 +89,66 @@ def _reaped(
 
 
 class Job:
-    """A job whose ranks do one task after the other, since to start one takes seconds."""
+    """A job whose ranks run one task after the other.
+
+    They are forked with Horovod imported, where horovodrun would start each as a new program.
+    """
 
     def __init__(self, world: int, environment: dict[str, str]) -> None:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
+        from horovod.runner.http.http_server import RendezvousServer
+
         self._stack = contextlib.ExitStack()
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-        listener = self._stack.enter_context(Listener(f"{folder}/socket", authkey=KEY))
-        listener._listener._socket.settimeout(60)
-        self._log = self._stack.enter_context((Path(folder) / "log").open("w+"))
-        command = ["horovodrun", "-np", str(world), "--gloo", "--network-interfaces", "lo"]
-        command += [sys.executable, "-m", "tests.horovod_ranks", f"{folder}/socket"]
-        self._stack.enter_context(_reaped(command, environment, self._log))
-        self._ranks: dict[int, Connection] = {}
-        try:
-            for _ in range(world):
-                connection = self._stack.enter_context(listener.accept())
-                self._ranks[connection.recv()] = connection
-        except BaseException:
-            self.close()
-            raise
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._log = folder / "log"
+        server = RendezvousServer()
+        port = server.start()
+        self._stack.callback(server.stop)
+        slots = get_host_assignments(parse_hosts(f"localhost:{world}"), world)
+        server.init(slots)
+        self._pipes: list[Connection] = []
+        for slot in slots:
+            variables = {
+                **create_run_env_vars("127.0.0.1", ["lo"], port),
+                **create_slot_env_vars(slot),
+                **environment,
+            }
+            mine, theirs = CONTEXT.Pipe()
+            self._pipes.append(self._stack.enter_context(mine))
+            texts = {name: str(value) for name, value in variables.items()}
+            process = CONTEXT.Process(target=_main, args=(texts, self._log, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._stack.callback(_end, process)
 
     def run(self, task: bytes, timeout: float) -> list[Any]:
-        """Return what the ranks made of a task."""
+        """Return the results of a task in rank order."""
         deadline = time.monotonic() + timeout
         results = []
         try:
-            for connection in self._ranks.values():
-                connection.send_bytes(task)
-            for rank, connection in sorted(self._ranks.items()):
-                if not connection.poll(max(0.0, deadline - time.monotonic())):
+            for pipe in self._pipes:
+                pipe.send_bytes(task)
+            for rank, pipe in enumerate(self._pipes):
+                if not pipe.poll(max(0.0, deadline - time.monotonic())):
                     raise JobFailed(f"rank {rank} took more than {timeout} s\n{self.log()}")
-                results.append(pickle.loads(connection.recv_bytes()))
+                results.append(pickle.loads(pipe.recv_bytes()))
         except (EOFError, OSError) as error:
             raise JobFailed(f"a rank died: {error!r}\n{self.log()}") from None
         return results
 
     def log(self) -> str:
-        """Return the end of what the job has printed."""
-        self._log.seek(0)
-        return self._log.read()[-5000:]
+        """Return the end of what the ranks have printed."""
+        return self._log.read_text()[-5000:] if self._log.exists() else ""
 
     def close(self) -> None:
-        """End all of it."""
+        """End the ranks."""
         self._stack.close()
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    process.kill()
+    process.join()
 
 
 _jobs: dict[int, Job] = {}
@@ -158,7 +175,7 @@ def run_horovod(
     With `failures`, what a rank raises comes back as `Failed`; else it fails the test.
     """
     job = None if environment else _jobs.pop(world, None)
-    job = job or Job(world, _variables(environment))
+    job = job or Job(world, environment or {})
     keep = False
     try:
         results = job.run(pickle.dumps((function, arguments)), timeout)
@@ -175,29 +192,25 @@ def run_horovod(
     return results
 
 
-def _main(address: str) -> None:
+def _main(variables: dict[str, str], log: Path, pipe: Connection) -> None:
+    """Be a rank: run tasks until nobody sends any."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(variables)
     import horovod.torch as hvd
     import torch
 
     torch.set_num_threads(1)
     hvd.init()
-    with Client(address, authkey=KEY) as connection:
-        connection.send(hvd.rank())
-        while True:
-            try:
-                function, arguments = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                return
-            try:
-                result = function(hvd.rank(), *arguments)
-            except Exception as error:
-                result = Failed(type(error).__name__, str(error), traceback.format_exc())
-            # As plain bytes: tensors in shared memory would go with this process.
-            connection.send_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
-    # The results must be of the classes that the tests know.
-    from tests import horovod_ranks
-
-    horovod_ranks._main(sys.argv[1])
+    while True:
+        try:
+            function, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            result = function(hvd.rank(), *arguments)
+        except Exception as error:
+            result = Failed(type(error).__name__, str(error), traceback.format_exc())
+        # As plain bytes: tensors in shared memory would go with this process.
+        pipe.send_bytes(pickle.dumps(result))

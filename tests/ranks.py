@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Failed", "run_ranks"]
+__all__ = ["CONTEXT", "Failed", "run_ranks"]
 
 # A server that has imported what ranks need forks them: they start in milliseconds, and inherit
 # neither the tests' threads nor their open files.
@@ -28,6 +28,8 @@ CONTEXT.set_forkserver_preload(
         "tests.training",
         # DistributedDataParallel imports it, which takes more than a second.
         "torch._dynamo",
+        # If it is not there, the server goes on without it.
+        "horovod.torch",
     ]
 )
 

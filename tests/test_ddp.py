@@ -28,6 +28,7 @@ from lbgm_compress import (
 )
 from lbgm_compress.adapters.ddp import CompressionState, compression_hook
 from lbgm_compress.wire.values import as_bytes
+from tests import soak
 from tests.laws import assert_same_bits, saved_and_loaded
 from tests.ranks import Failed, run_ranks
 from tests.training import Net, assert_replicas_agree, data, parameters
@@ -169,13 +170,7 @@ def long_run(rank, options, steps):
     return parameters(model), sent, held, state.stats(), len(buckets)
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [({}, 500), (OPTIONS["unused parameters"], 150)],
-    ids=["all used", "unused"],
-)
-def test_hundreds_of_steps_with_random_refreshes_leave_all_ranks_bit_equal(options, steps):
+def check_long_run(options, steps):
     results = run_ranks(long_run, 4, options, steps, timeout=200)
     assert_replicas_agree([result[0] for result in results])
     for rank, (_, _, held, stats, buckets) in enumerate(results):
@@ -184,6 +179,19 @@ def test_hundreds_of_steps_with_random_refreshes_leave_all_ranks_bit_equal(optio
         assert sorted(held) == [other for other in range(4) if other != rank]
         for other, look_back in held.items():
             assert_same_bits(look_back, results[other][1])
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["all used", "unused parameters"])
+def test_random_refreshes_leave_all_ranks_bit_equal(name):
+    check_long_run(OPTIONS.get(name, {}), 30)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("name", "steps"), [("all used", 500), ("unused parameters", 150)])
+def test_hundreds_of_steps_with_random_refreshes_leave_all_ranks_bit_equal(name, steps):
+    check_long_run(OPTIONS.get(name, {}), soak.length(steps, steps // 3))
 
 
 def accumulate_steps(rank):

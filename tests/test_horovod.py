@@ -1,4 +1,4 @@
-"""The optimizer for Horovod, in real jobs that horovodrun starts."""
+"""The optimizer for Horovod, in real jobs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from lbgm_compress import (
@@ -24,10 +25,12 @@ from lbgm_compress import (
 )
 from lbgm_compress.adapters.horovod import DistributedOptimizer
 from lbgm_compress.wire.values import as_bytes
+from tests import soak
 from tests.horovod_ranks import horovodrun, jobs_end, needs_horovod, run_horovod  # noqa: F401
 from tests.laws import assert_same_bits, saved_and_loaded
 from tests.ranks import Failed
 from tests.training import Net, assert_replicas_agree, data, parameters
+from tests.transport_laws import check_transport
 
 ROOT = Path(__file__).parent.parent
 SMALL_BUCKETS = 0.01  # in MB: the model below takes five
@@ -96,6 +99,19 @@ def test_without_compression_training_equals_horovods_own(world, kind, skip):
             assert torch.allclose(ours[parameter], expected, rtol=1e-4, atol=1e-5)
 
 
+def on_transport(rank, law):
+    import horovod.torch as hvd
+
+    from lbgm_compress.adapters.horovod import HorovodTransport
+
+    return law(HorovodTransport(hvd, hvd.global_process_set))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_horovod_keeps_the_laws_of_transports(world):
+    check_transport(lambda law: run_horovod(on_transport, world, law))
+
+
 def half_precision(rank):
     model = build(torch.bfloat16)
     optimizer = wrapped(model, LBGM(), start_step=2)
@@ -133,9 +149,7 @@ def long_run(rank, compressors, cap, steps):
     return results
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("world", "steps"), [(2, 300), (3, 120)])
-def test_replicas_are_bit_identical_after_hundreds_of_steps(world, steps):
+def check_long_run(world, steps):
     compressors = [LBGM(TopK(0.01)), LBGM(SignSGD()), LBGM(Atomo(rank=2))]
     # Horovod takes its time with three ranks on two cores.
     cap = 0.025 if world == 2 else 25
@@ -149,6 +163,18 @@ def test_replicas_are_bit_identical_after_hundreds_of_steps(world, steps):
             assert sorted(held) == [other for other in range(world) if other != rank]
             for other, identifiers in held.items():
                 assert identifiers == results[other][i][1]
+
+
+@pytest.mark.parametrize(("world", "steps"), [(2, 40), (3, 25)])
+def test_replicas_are_bit_identical_after_random_refreshes(world, steps):
+    check_long_run(world, steps)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world", "steps"), [(2, 300), (3, 120)])
+def test_replicas_are_bit_identical_after_hundreds_of_steps(world, steps):
+    check_long_run(world, soak.length(steps, steps // 2))
 
 
 def every_compressor(rank, compressors):
@@ -642,7 +668,11 @@ def test_example_trains_under_horovodrun():
 
 
 def elastic_job(folder, event):
-    """Run tests/elastic_job.py, and return what its workers wrote."""
+    """Run tests/elastic_job.py, and return the results of its workers and what it printed."""
+    images, labels = load_digits(return_X_y=True)
+    torch.save(
+        (torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)), folder / "digits.pt"
+    )
     script = folder / "discover.sh"
     second = (
         "echo 127.0.0.1:1" if event == "kill" else f"[ -e {folder}/joining ] && echo 127.0.0.1:1"
@@ -653,12 +683,15 @@ def elastic_job(folder, event):
     command = ["-np", start, "--min-np", "2", "--max-np", "3", "--gloo", "--network-interfaces=lo"]
     command += ["--host-discovery-script", str(script), "--elastic-timeout", "60"]
     job = str(ROOT / "tests" / "elastic_job.py")
-    done = horovodrun([*command, sys.executable, job, str(folder), "150", event], timeout=180)
+    # Horovod waits so long, 30 s by default, for a worker that was killed.
+    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "10"}
+    command += [sys.executable, job, str(folder), "150", event]
+    done = horovodrun(command, timeout=180, environment=environment)
     return [json.loads(file.read_text()) for file in folder.glob("worker-*")], done.stdout
 
 
 def check_history(history):
-    """Check that replicas agree after every step, and that the change is followed by a full one."""
+    """Check that replicas agree after every step, and that the step after the change is full."""
     sizes = [entry["size"] for entry in history]
     assert all(entry["same"] for entry in history)
     changes = [i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+import torch
 
-from lbgm_compress import install_horovod
+from lbgm_compress import LBGM, install_horovod
 from lbgm_compress.install_horovod import BEFORE, FILES, InstallError, change_standard
+from tests.ranks import run_ranks
 
 
 def source(folder, lines=1):
@@ -54,16 +55,18 @@ def test_missing_tools_and_failures_are_told_in_words(tmp_path, monkeypatch, cap
         install_horovod._run(endless, "it broke", None, 0.5)
 
 
+def without_horovod(rank):
+    for name in list(sys.modules):
+        if name.split(".")[0] == "horovod" or name.startswith("lbgm_compress.adapters"):
+            del sys.modules[name]
+    sys.modules["horovod"] = sys.modules["horovod.torch"] = None
+    from lbgm_compress.adapters.horovod import DistributedOptimizer
+
+    DistributedOptimizer(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), LBGM())
+
+
 def test_without_horovod_the_optimizer_says_what_to_run():
-    code = (
-        "import sys; sys.modules['horovod'] = sys.modules['horovod.torch'] = None\n"
-        "import torch\n"
-        "from lbgm_compress import LBGM\n"
-        "from lbgm_compress.adapters.horovod import DistributedOptimizer\n"
-        "model = torch.nn.Linear(2, 2)\n"
-        "DistributedOptimizer(torch.optim.SGD(model.parameters()), LBGM())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert "ImportError: Horovod is not installed" in done.stderr
-    assert "python -m lbgm_compress.install_horovod" in done.stderr
+    [failed] = run_ranks(without_horovod, 1, failures=True)
+    assert failed.kind == "ImportError"
+    assert "Horovod is not installed" in failed.message
+    assert "python -m lbgm_compress.install_horovod" in failed.message
