@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -223,6 +224,14 @@ def test_files_that_a_page_names_exist(page):
     )
     for name in names:
         assert (ROOT / name).exists(), f"there is no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_of_the_package_on_a_page_exist(page):
+    for name in re.findall(r"`(lbgm_compress(?:\.\w+)+)[`(]", page.read_text()):
+        if "flower" in name and importlib.util.find_spec("flwr") is None:
+            continue
+        assert pkgutil.resolve_name(name) is not None
 
 
 @pytest.mark.parametrize("image", sorted((DOCS / "images").iterdir()), ids=name_of)
