@@ -1,7 +1,7 @@
-"""What a payload stands for: a tensor that need not be dense in memory.
+"""Decoded tensors, which need not be dense in memory.
 
-Both ends build the same object from the same bytes, so that they agree bit for bit on its dense
-form, on multiples of it and on sums.
+Both ends build the same object from the same bytes, so that its dense form, its multiples and its
+sums have the same bits.
 """
 
 from __future__ import annotations
@@ -15,42 +15,45 @@ __all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "flat_dots", "work
 
 
 def flat_dots(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return <a, a> and <a, b> as 0-d tensors, in float32 at least, without synchronisation."""
+    """Return <a, a> and <a, b> (or <a, a> again) as 0-d tensors, float32 or float64.
+
+    There is no device synchronisation.
+    """
     a = _flat(a)
     square = torch.dot(a, a)
     return square, square if b is None else torch.dot(a, _flat(b))
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    # Products of half precision would be slow, and wrong in the third digit.
+    # Products in half precision would be slow, and wrong in the third digit.
     flat = tensor.reshape(-1)
     return flat.float() if flat.dtype.itemsize < 4 else flat
 
 
 class Decoded(abc.ABC):
-    """A tensor as a receiver knows it."""
+    """A tensor as a receiver decodes it."""
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
-        """Return the dense tensor; it may share memory with what it was made from."""
+        """Return the dense tensor, which may share memory with this object."""
 
     def add_to(self, out: Tensor, weight: float) -> None:
-        """Add `weight` times the tensor to `out`, rounding once a product and once a sum."""
-        # A fused `alpha=` would round only once on some processors, and differently elsewhere.
+        """Add `weight` times the tensor to `out`, rounding after the product and after the sum."""
+        # A fused `alpha=` rounds only once on some processors, and so gives other bits there.
         out.add_(self.dense().to(out.dtype) * weight)
 
     def missing_from(self, tensor: Tensor) -> Tensor:
         """Return `tensor` minus this one, contiguous and in memory of its own.
 
-        `tensor` may have a wider dtype. Only one end needs the difference: its bits are not
-        those of `add_to`.
+        `tensor` may have a wider dtype. The bits may differ from those of `add_to`, since only one
+        end computes the difference.
         """
         rest = tensor.clone(memory_format=torch.contiguous_format)
         self.add_to(rest, -1.0)
         return rest
 
     def dots(self, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the inner products (0-d) with itself and with dense `other` (None: itself)."""
+        """Return the inner products with itself and with dense `other` (None: itself), 0-d."""
         return flat_dots(self.dense(), other)
 
     def scaled(self, factor: float) -> Decoded:
@@ -69,19 +72,19 @@ class Dense(Decoded):
 
 
 class Scaled(Decoded):
-    """A multiple of a tensor, whose zeros are positive."""
+    """A multiple of a tensor, with positive zeros."""
 
     def __init__(self, tensor: Decoded, factor: float) -> None:
         self.tensor = tensor
         self.factor = factor
 
     def dense(self) -> Tensor:
-        # Adding zero turns -0.0, which a sparse form would not show, into 0.0.
+        # Adding zero turns -0.0, which a sparse tensor does not keep, into 0.0.
         return (self.tensor.dense() * self.factor).add_(0.0)
 
 
 class Sparse(Decoded):
-    """A tensor of the given shape that is zero but for `values` (k) at flat `indices` (k)."""
+    """A tensor of a shape with `values` (k) at the flat `indices` (k), and zeros elsewhere."""
 
     def __init__(self, indices: Tensor, values: Tensor, shape: torch.Size) -> None:
         self.indices = indices
@@ -108,7 +111,7 @@ class Sparse(Decoded):
 
 
 def working_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype of factors of a tensor: float32, or float64 for float64."""
+    """Return the dtype of a tensor's factors: float32, or float64 for float64."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
@@ -123,7 +126,7 @@ class LowRank(Decoded):
     def dense(self) -> Tensor:
         product = self.left @ self.right.T
         if not self._within_range():
-            # An element may be larger than any of the tensor that was compressed.
+            # An element may be larger than any element of the compressed tensor.
             limit = torch.finfo(self.dtype).max
             product.clamp_(-limit, limit)
         return product.to(self.dtype).view(self.shape)
@@ -139,7 +142,10 @@ class LowRank(Decoded):
         return torch.addmm(matrix, self.left, self.right.T, alpha=-1).view(self.shape)
 
     def _within_range(self) -> bool:
-        """Whether no element can leave the range of the dtype; on a device, that is not known."""
+        """Return whether all elements are known to be within the range of the dtype.
+
+        On a device False, since it is not known without a synchronisation.
+        """
         if self.left.device.type != "cpu" or not self.left.numel():
             return False
         largest = float(self.left.abs().max()) * float(self.right.abs().max())

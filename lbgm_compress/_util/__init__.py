@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own: units, atomic writes, checks of arguments."""
+"""Helpers: units, atomic writes, checks of arguments, names and saved states of both ends."""

@@ -1,1 +1,1 @@
-"""One algorithm a file."""
+"""The compressors, one algorithm a file, and the parser of their expressions."""

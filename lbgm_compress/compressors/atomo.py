@@ -1,4 +1,4 @@
-"""A sum of a few singular triplets."""
+"""Spectral ATOMO: a matrix as the sum of a few singular triplets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.checks import check_flag, check_whole
 from lbgm_compress.compressor import (
     Compressor,
     Encoding,
@@ -28,26 +29,28 @@ __all__ = ["Atomo"]
 
 @dataclass(frozen=True, repr=False)
 class Atomo(Compressor):
-    """Spectral ATOMO (arXiv 1806.04090) on the tensor seen as a matrix (first dimension, rest).
+    """Sends a few singular triplets of the tensor, seen as a matrix (first dimension, rest).
 
-    Tensors with fewer than two dimensions, and those for which `rank` factors would be no smaller
-    than the tensor, are sent as they are.
+    This is spectral ATOMO (arXiv 1806.04090). A tensor with fewer than two dimensions, or for which
+    `rank` pairs of factors would be no smaller than the tensor, is sent uncompressed.
 
     The body of a payload is the number r of triplets (unsigned LEB128), the left factors (m x r)
     and the right factors (n x r), each row by row as a section of values
-    (`lbgm_compress.wire.values`) in the tensor's own precision; the decoded matrix is left times
-    right transposed. That of a tensor sent as it is holds its elements, row by row.
+    (`lbgm_compress.wire.values`) in the tensor's own precision. The decoded matrix is the left
+    factors times the transposed right factors. The body of an uncompressed tensor is its elements,
+    row by row.
 
     Parameters
     ----------
     rank
         Number of triplets, at least 1.
     unbiased
-        False: the leading `rank` triplets, as in the LBGM paper's experiments; for matrices whose
-        smaller side exceeds 256, from four steps of subspace iteration with eight spare vectors.
-        True: triplets are sampled with the probabilities of ATOMO's algorithm 1, `rank` of them in
-        expectation, and divided by their probability, so that the decoded tensor is an unbiased
-        estimate. The sender's state then holds a seed and a round.
+        False: send the leading `rank` triplets, as the LBGM paper's experiments do. For a matrix
+        whose smaller side exceeds 256 they come from four steps of subspace iteration with eight
+        extra vectors.
+        True: sample triplets with the probabilities of ATOMO's algorithm 1, `rank` of them in
+        expectation, and divide each by its probability. The decoded tensor is then an unbiased
+        estimate. The sender's state holds a seed and the number of the round.
 
     Raises
     ------
@@ -67,10 +70,8 @@ class Atomo(Compressor):
     unbiased: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
-        if not isinstance(self.unbiased, bool):
-            raise ValueError(f"unbiased must be True or False, not {self.unbiased!r}")
+        check_whole("rank", self.rank, least=1)
+        check_flag("unbiased", self.unbiased)
 
     def initial_state(self, seed: int) -> State:
         return {"seed": seed, "round": 0} if self.unbiased else {}
@@ -82,7 +83,7 @@ class Atomo(Compressor):
             return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
         matrix = grad.reshape(sides)
         matrix = matrix.float() if grad.dtype.itemsize < 4 else matrix
-        # Scaled to magnitudes of at most 1, squares neither overflow nor vanish.
+        # With magnitudes of at most 1, squares neither overflow nor vanish.
         magnitude = matrix.abs().max()
         matrix = matrix / torch.where(magnitude > 0, magnitude, 1.0)
         if self.unbiased:
@@ -121,17 +122,18 @@ class Atomo(Compressor):
         end = start + values_size(count * m, precision, dtype)
         left = decode_values(body[start:end], count * m, precision, dtype)
         right = decode_values(body[end:], count * n, precision, dtype)
-        # A product may depend on the alignment of its factors: the sender's are aligned.
+        # A product may depend on the alignment of its factors. The sender's are aligned.
         return LowRank(left.view(m, count).clone(), right.view(n, count).clone(), like), state
 
     def _sides(self, like: Tensor) -> tuple[int, int] | None:
-        """Return the sides of the matrix, or None for a tensor that is sent as it is."""
+        """Return the sides of the matrix, or None for a tensor that is sent uncompressed."""
         if like.dim() < 2 or like.numel() == 0:
             return None
         m, n = like.shape[0], like.numel() // like.shape[0]
         return (m, n) if self.rank * (m + n) < m * n else None
 
     def _sampled(self, matrix: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Return factors (m x r, n x r) of sampled triplets, and the new state."""
         state = state or self.initial_state(0)
         left, right = decomposition(matrix)
         sigma = (left.norm(dim=0) * right.norm(dim=0)).cpu()
@@ -149,8 +151,8 @@ class Atomo(Compressor):
 def _probabilities(sigma: Tensor, budget: int) -> Tensor:
     """Return the sampling probabilities of ATOMO's algorithm 1 (float64, on the CPU).
 
-    `sigma` descends; the largest values that would get more than probability 1 get 1, and the
-    rest share what is left of the budget in proportion to their magnitude.
+    `sigma` descends. The largest values, whose share of the budget would exceed 1, have probability
+    1. The others share the rest of the budget in proportion to their magnitude.
     """
     sigma = sigma.double()
     # tails[i] is the sum from i on.

@@ -1,4 +1,4 @@
-"""What one round loses, the next one adds back."""
+"""Error feedback: the error of one round is added to the gradient of the next."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ __all__ = ["ErrorFeedback"]
 class ErrorFeedback(Wrapper):
     """Adds the residual of the last round before it compresses (arXiv 1901.09847, algorithm 1).
 
-    corrected = gradient + residual; residual = corrected - decoded. The residual is kept in
-    float32 for a float16 or bfloat16 gradient, so that small remainders are not rounded away. A
-    payload is that of `inner`; a receiver needs nothing more.
+    corrected = gradient + residual; residual = corrected - decoded. For a float16 or bfloat16
+    gradient the residual is float32, so that small remainders are not rounded away. Payloads are
+    those of `inner`, and so is the receiver's state.
 
     Parameters
     ----------
     inner
-        The compressor that loses something.
+        The compressor whose error is fed back.
+
+    Raises
+    ------
+    ValueError
+        If `inner` is not a compressor.
 
     Examples
     --------
@@ -43,8 +48,8 @@ class ErrorFeedback(Wrapper):
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if grads and grads[0].device.type == "cpu":
-            # There is nothing to synchronise, and a tensor is still in the cache when its residual
-            # is taken.
+            # There is nothing to synchronise. One at a time, a tensor is still in the cache when
+            # its residual is taken.
             return [
                 self._encode([grad], [state])[0] for grad, state in zip(grads, states, strict=True)
             ]

@@ -1,4 +1,4 @@
-"""No compression: the baseline."""
+"""No compression, as a baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Identity"]
 
 @dataclass(frozen=True, repr=False)
 class Identity(Compressor):
-    """Sends every element as it is.
+    """Sends every element uncompressed.
 
     The body of a payload is the tensor's elements as they are in memory, row by row.
 
@@ -38,7 +38,7 @@ class Identity(Compressor):
         return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        # Inf and nan need no other treatment here, so that nobody has to look for them.
+        # Inf and nan need no other treatment here, and looking for them takes time.
         return [self.encode(grad, state) for grad, state in zip(grads, states, strict=True)]
 
     def decode(

@@ -38,47 +38,47 @@ FULL = Kind.SETS | Kind.BODY
 
 @dataclass(frozen=True, repr=False)
 class LBGM(Wrapper):
-    """Sends one number where the gradient is nearly parallel to the last one sent in full.
+    """Sends one number for a gradient that is nearly parallel to the last one sent in full.
 
-    Algorithm 1 of "Recycling Model Updates in Federated Learning: Are Gradient Subspaces
-    Low-Rank?" (ICLR 2022, arXiv 2202.00280), for each tensor by itself. With the gradient g (as the
-    inner compressor decodes it) and the look-back gradient l:
+    This is algorithm 1 of "Recycling Model Updates in Federated Learning: Are Gradient Subspaces
+    Low-Rank?" (ICLR 2022, arXiv 2202.00280), for each tensor by itself. With the gradient g, as the
+    inner compressor decodes it, and the look-back gradient l:
 
-    - look-back phase error: sin^2(alpha) = 1 - (<g, l> / (|g| |l|))^2;
-    - if sin^2(alpha) <= delta, send the look-back coefficient rho = <g, l> / |l|^2, and the
-      receiver takes rho * l;
-    - else send g, and l becomes g at both ends. The first round always does.
+    - The look-back phase error is sin^2(alpha) = 1 - (<g, l> / (|g| |l|))^2.
+    - If sin^2(alpha) <= delta, the look-back coefficient rho = <g, l> / |l|^2 is sent, and the
+      receiver uses rho * l. The gradient is *recycled*.
+    - Else g is sent in full, and l becomes g at both ends. So it is in the first round.
 
-    A zero gradient is recycled with rho = 0. A tensor is also sent in full where rho * l would
-    leave the range of its dtype, or rho that of float32.
+    A zero gradient is recycled with rho = 0. A gradient is also sent in full if rho * l would leave
+    the range of its dtype, or rho that of float32.
 
-    The head of a payload is its kind and rho (float32); it has no body if the tensor is recycled.
-    Otherwise rho is 1 and the body is the inner payload without its kind.
+    The head of a payload is its kind and rho (float32). A recycled gradient has no body. For a full
+    one rho is 1, and the body is the inner payload without its kind.
 
-    A sender keeps one dense tensor per gradient, and with ``compare="raw"`` the inner payload, too;
-    a receiver keeps the inner payload.
+    A sender keeps one dense tensor for each gradient, and with ``compare="raw"`` also the inner
+    payload. A receiver keeps the inner payload.
 
     Parameters
     ----------
     inner
-        What compresses a tensor that is sent in full. Its receiver must not keep state itself, so
-        that another LBGM is refused.
+        The compressor of gradients that are sent in full. Its receiver must not keep state, so
+        another LBGM is refused.
     delta
-        Threshold of the look-back phase error, 0 to 1: 0 recycles only exact multiples. Or a
-        `NormBudget`, which bounds what recycling loses instead of the angle.
+        Threshold of the look-back phase error, 0 to 1; 0 recycles only exact multiples. Or a
+        `NormBudget`, which bounds the error of recycling instead of the angle.
     compare
-        Whose angle is taken. "compressed", as in the paper: that between C(g) and l, both as the
-        inner compressor C decodes them, so that `delta` bounds what recycling loses of C(g).
-        "raw": that between g and the gradient r whose C(r) is l, with rho = <g, r> / |r|^2. The
-        inner compressor then need not run for a tensor that is recycled: for one that is slow
-        (`Atomo`), that chooses anew what to keep of a gradient that has hardly turned (`TopK` of
-        few entries), or that draws (``Atomo(unbiased=True)``). What recycling loses beyond the
-        angle is what C loses.
+        The gradients whose angle is taken. "compressed", as in the paper: C(g) and l, both as the
+        inner compressor C decodes them; `delta` then bounds the error of recycling C(g).
+        "raw": g and the gradient r that was last sent in full as l = C(r); then
+        rho = <g, r> / |r|^2. The error of C comes in addition. C need not run for a recycled
+        gradient, which pays for a C that is slow (`Atomo`), that selects other entries of a
+        gradient that has hardly turned (`TopK` of few entries), or that draws at random
+        (``Atomo(unbiased=True)``).
 
     Raises
     ------
     ValueError
-        If a parameter is outside its range.
+        If a parameter is outside its range, or the inner compressor cannot be wrapped.
 
     Examples
     --------
@@ -146,12 +146,6 @@ class LBGM(Wrapper):
         if self.compare == "raw":
             return self._encode_raw(grads, states)
         inner = self.inner.encode_batch(grads, [self.inner_state(state) for state in states])
-        return self.encode_over(inner, grads, states)
-
-    def encode_over(
-        self, inner: Sequence[Encoding], grads: Sequence[Tensor], states: Sequence[State]
-    ) -> list[Encoding]:
-        """Compress gradients of which `inner` is what the inner compressor made."""
         look_backs = [
             LookBack(state["look_back"], state["square_norm"]) if "look_back" in state else None
             for state in states
@@ -219,7 +213,7 @@ class LBGM(Wrapper):
     def decide(
         self, gradients: Sequence[Decoded], look_backs: Sequence[LookBack | None]
     ) -> list[Decision]:
-        """Decide what to send for several gradients, with one device synchronisation.
+        """Decide for each gradient whether it is recycled, with one device synchronisation.
 
         Parameters
         ----------
@@ -227,6 +221,11 @@ class LBGM(Wrapper):
             The gradients g, as the inner compressor decodes them.
         look_backs
             The look-back gradient of each; None before the first full gradient.
+
+        Returns
+        -------
+        list
+            A `Decision` for each gradient.
         """
         if not gradients:
             return []
@@ -246,10 +245,23 @@ class LBGM(Wrapper):
     def pack(
         self, decision: Decision, inner: Encoding, device: torch.device
     ) -> tuple[bytes, Callable[[], Tensor] | None]:
-        """Return head and body of a payload: what `decision` says about the gradient of `inner`.
+        """Return head and body of the payload for a decision.
 
-        The body is None for a recycled gradient; else it makes the rest of the payload, a flat
-        uint8 tensor on `device`.
+        Parameters
+        ----------
+        decision
+            The decision about a gradient.
+        inner
+            The inner compressor's encoding of that gradient.
+        device
+            The device of the payload.
+
+        Returns
+        -------
+        head
+            Kind and rho, 5 bytes.
+        body
+            None for a recycled gradient, else a function that returns the flat uint8 tensor.
         """
         if decision.recycled:
             return _head(RECYCLED, decision.rho), None
@@ -324,7 +336,7 @@ class LookBack(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What LBGM sends for one gradient g, and why."""
+    """The decision of LBGM about one gradient g."""
 
     recycled: bool
     """True if rho is sent alone, False if g is sent in full."""

@@ -1,4 +1,4 @@
-"""One bit an element: the sign."""
+"""Sign compression: one bit an element."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.checks import check_flag
 from lbgm_compress.compressor import Compressor, Encoding, PayloadError, State
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.wire.bits import pack_fixed_on_device, unpack_fixed_on_device
@@ -26,22 +27,22 @@ SIGNS_FLOAT = SIGNS.astype(np.float32) * 2 - 1
 class SignSGD(Compressor):
     """Sends the sign of every element; zero counts as +1.
 
-    The body of a payload is the scale, if there is one (float32; float64 for a float64 tensor),
-    and the signs, one bit an element, 1 for +1, lowest bit first.
+    The body of a payload is the scale, if it is sent (float32; float64 for a float64 tensor), and
+    the signs: one bit an element, 1 for +1, lowest bit first.
 
     Parameters
     ----------
     scaled
-        Send the mean magnitude |g|_1 / n too, and decode to plus or minus that (EF-SignSGD,
-        arXiv 1901.09847, algorithm 1). Otherwise the decoded values are +1 and -1.
+        If True, also send the mean magnitude |g|_1 / n, and decode to plus or minus that value
+        (EF-SignSGD, arXiv 1901.09847, algorithm 1). Otherwise the decoded values are +1 and -1.
     vote
-        Replace the average of all workers by its sign: majority vote (arXiv 1810.05291,
-        algorithm 1). A tie gives 0.
+        If True, replace the average of all workers by its sign, which is a majority vote
+        (arXiv 1810.05291, algorithm 1). A tie gives 0.
 
     Raises
     ------
     ValueError
-        If both are set: a vote would discard the scales.
+        If both are True, since a vote would discard the scales, or one is not a bool.
 
     Examples
     --------
@@ -55,9 +56,8 @@ class SignSGD(Compressor):
     vote: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("scaled", "vote"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        check_flag("scaled", self.scaled)
+        check_flag("vote", self.vote)
         if self.scaled and self.vote:
             raise ValueError("SignSGD(scaled=True, vote=True): a majority vote discards the scales")
 
@@ -98,7 +98,7 @@ class SignSGD(Compressor):
         return mean.sign() if self.vote else mean
 
     def _mean_magnitude(self, flat: Tensor) -> Tensor:
-        # Divided before it is added up, the sum cannot overflow.
+        # The sum cannot overflow if the terms are divided first.
         total = (flat.abs().to(_scale_dtype(flat)) / max(flat.numel(), 1)).sum().reshape(1)
         return total.clamp(max=torch.finfo(flat.dtype).max)
 
@@ -108,7 +108,7 @@ def _scale_dtype(like: Tensor) -> torch.dtype:
 
 
 class Signs(Decoded):
-    """Plus or minus `scale` (1 element, or None for 1), as `bits` (uint8) say."""
+    """A tensor of plus or minus `scale` (1 element, or None for 1) by `bits` (flat uint8)."""
 
     def __init__(self, bits: Tensor, scale: Tensor | None, like: Tensor) -> None:
         self.bits = bits

@@ -1,4 +1,4 @@
-"""The leading singular triplets of a matrix."""
+"""Leading singular triplets of a matrix."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from torch import Tensor
 
 __all__ = ["decomposition", "leading_triplets"]
 
-# Up to this size of the smaller side all singular values come from the Gram matrix; above it, the
-# leading ones come from subspace iteration, which is then faster.
+# Up to this size of the smaller side, all singular values are computed from the Gram matrix. Above
+# it, the leading ones are computed by subspace iteration, which is then faster.
 GRAM_LIMIT = 256
 
 
 def decomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors (m x d, n x d) of orthogonal triplets, d = min(m, n), largest first."""
+    """Return the factors (m x d, n x d) of all d = min(m, n) singular triplets, largest first.
+
+    The factors of the shorter side are orthonormal, the others multiplied by the singular values.
+    """
     m, n = matrix.shape
     if m > n:
         right, left = decomposition(matrix.T)
@@ -24,7 +27,10 @@ def decomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors (m x rank, n x rank) of the leading triplets."""
+    """Return the factors (m x rank, n x rank) of the leading triplets.
+
+    The factors of the shorter side are orthonormal, the others multiplied by the singular values.
+    """
     m, n = matrix.shape
     if min(m, n) <= GRAM_LIMIT:
         left, right = decomposition(matrix)

@@ -1,4 +1,4 @@
-"""The largest entries and nothing else."""
+"""Top-k sparsification."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.checks import check_choice, check_number
 from lbgm_compress.compressor import Compressor, Encoding, PayloadError, State
 from lbgm_compress.decoded import Decoded, Sparse
 from lbgm_compress.wire.bits import read_varints, varint
@@ -24,8 +25,8 @@ __all__ = ["TopK"]
 class TopK(Compressor):
     """Sends the k = max(1, round(ratio * n)) entries of largest magnitude of n (arXiv 1704.05021).
 
-    Of equal magnitudes those with the lower index go first. Zeros are not sent: on the CPU a
-    tensor with fewer than k nonzero entries sends those.
+    Among entries of equal magnitude, those with lower indices come first. On the CPU zeros are not
+    sent: for a tensor with fewer than k nonzero entries, only these are.
 
     The body of a payload is the number of entries (unsigned LEB128), their values in the order of
     their indices (`lbgm_compress.wire.values`) and their indices (`lbgm_compress.wire.indices`).
@@ -33,10 +34,11 @@ class TopK(Compressor):
     Parameters
     ----------
     ratio
-        Share of the entries to send, above 0 and at most 1.
+        Fraction of the entries to send, above 0 and at most 1.
     values
-        Precision of the values: "float32", "float16", "bfloat16", or "int8", "int4" and "int2" in
-        blocks of 256 with a scale each. A tensor of narrower dtype keeps its own.
+        Precision of the values: "float64", "float32", "float16", "bfloat16", or "int8", "int4" and
+        "int2" in blocks of 256 values with a scale each. The values of a tensor whose dtype is
+        narrower are sent in that dtype.
 
     Raises
     ------
@@ -55,12 +57,10 @@ class TopK(Compressor):
     values: str = "float32"
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
-            raise ValueError(f"ratio must be a number, not {self.ratio!r}")
+        check_number("ratio", self.ratio)
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, not {self.ratio}")
-        if self.values not in PRECISIONS:
-            raise ValueError(f"values must be one of {', '.join(PRECISIONS)}, not {self.values!r}")
+        check_choice("values", self.values, PRECISIONS)
 
     def encode(self, grad: Tensor, state: State) -> Encoding:
         flat = grad.reshape(-1)
@@ -116,20 +116,20 @@ def _largest_on_cpu(flat: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.in
 
 
 def _candidates(flat: npt.NDArray[np.floating], k: int) -> npt.NDArray[np.int64]:
-    """Return ascending indices among which the k nonzero entries of largest magnitude are.
+    """Return ascending indices that include the k nonzero entries of largest magnitude.
 
-    A sample tells a threshold that slightly more than k magnitudes should reach. If fewer than k
-    do, every nonzero entry is a candidate.
+    A threshold that slightly more than k magnitudes should reach is estimated from a sample. If
+    fewer than k reach it, all nonzero entries are returned.
     """
     step = flat.size // max(2048, min(16384, flat.size // 64))
     if step > 1 and k < flat.size // 2:
-        # An odd step does not fall into the rhythm of rows and channels.
+        # An odd step is seldom a multiple of the number of rows or channels.
         sample = np.abs(flat[:: step | 1])
         expected = k / flat.size * sample.size
         rank = min(sample.size, math.ceil(expected + 4 * math.sqrt(expected) + 2))
         threshold = np.partition(sample, sample.size - rank)[sample.size - rank]
         if threshold > 0:
-            # Compared twice, without the magnitudes of all: they would be written, and read again.
+            # Two comparisons are faster than an array of magnitudes, written and read again.
             indices = np.flatnonzero((flat >= threshold) | (flat <= -threshold))
             if indices.size >= k:
                 return indices

@@ -1,7 +1,6 @@
-"""Bytes and nothing else: framing of messages, packing of bits, coding of indices and values.
+"""The wire format: framing of messages, packing of bits, coding of indices and values.
 
-Every multi-byte number on the wire is little-endian. The formats are documented where they are
-written and read:
+Every multi-byte number is little-endian. The formats are documented in these places:
 
 - :mod:`lbgm_compress.wire.message`: a message, and the first byte of every payload in it;
 - :mod:`lbgm_compress.wire.indices`: the positions of a sparse tensor;

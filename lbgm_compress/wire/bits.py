@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def varint(value: int) -> bytes:
-    """Return `value` >= 0 as LEB128: seven bits a byte, lowest first, the high bit means more."""
+    """Return `value` >= 0 as LEB128: seven bits a byte, lowest first; the high bit continues."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -34,7 +34,7 @@ def varint(value: int) -> bytes:
 
 
 def read_varints(data: Sequence[int], count: int) -> tuple[list[int], int]:
-    """Return the first `count` integers of `data` and the number of bytes that they took.
+    """Return the first `count` integers of `data` and the number of bytes that they take.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def unpack_fixed(data: Bytes, width: int, count: int) -> npt.NDArray[np.int64]:
 
 
 def pack_fixed_on_device(numbers: Tensor, width: int) -> Tensor:
-    """Do what `pack_fixed` does, without leaving the device of `numbers` (int64)."""
+    """Return what `pack_fixed` returns, computed on the device of `numbers` (int64)."""
     shifts = torch.arange(width, device=numbers.device)
     bits = (numbers[:, None] >> shifts & 1).to(torch.uint8).reshape(-1)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
@@ -91,7 +91,7 @@ def pack_fixed_on_device(numbers: Tensor, width: int) -> Tensor:
 
 
 def unpack_fixed_on_device(data: Tensor, width: int, count: int) -> Tensor:
-    """Do what `unpack_fixed` does, without leaving the device of `data`."""
+    """Return what `unpack_fixed` returns, computed on the device of `data`."""
     shifts = torch.arange(8, device=data.device, dtype=torch.uint8)
     bits = (data[:, None] >> shifts & 1).reshape(-1)[: count * width].view(count, width)
     weights = 2 ** torch.arange(width, device=data.device)

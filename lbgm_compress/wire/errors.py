@@ -1,18 +1,18 @@
-"""What a receiver raises when bytes cannot be decoded."""
+"""Errors that a receiver raises for bytes that it cannot decode."""
 
 __all__ = ["OutOfSyncError", "PayloadError"]
 
 
 class PayloadError(ValueError):
-    """The bytes are not a message or payload that this receiver can decode.
+    """Raised if bytes are not a message or payload that this receiver can decode.
 
-    The receiver's state is as it was before the call.
+    The receiver's state is unchanged.
     """
 
 
 class OutOfSyncError(PayloadError):
-    """The message recycles a look-back gradient that the receiver does not hold.
+    """Raised if a message recycles a look-back gradient that the receiver does not hold.
 
-    The receiver's state is as it was before the call. The sender heals it by sending in full:
-    ``sender.reset()``, or ``sender.compress(grads, peer=receiver.digest(sender_id))``.
+    The receiver's state is unchanged. The sender must send in full: by ``sender.reset()``, or by
+    ``sender.compress(grads, peer=receiver.digest(sender_id))``.
     """

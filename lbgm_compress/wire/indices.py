@@ -1,8 +1,8 @@
-"""The positions of the entries that a sparse tensor of n elements keeps.
+"""Coding of the positions of a sparse tensor's entries, among n elements.
 
-Positions ascend and are coded as gaps, d[0] = position[0] and
-d[i] = position[i] - position[i - 1] - 1. The number of positions is known from elsewhere.
-A section of indices is::
+Positions ascend. They are coded as gaps, d[0] = position[0] and
+d[i] = position[i] - position[i - 1] - 1. Their number is not part of a section of indices, which
+is::
 
     offset  size  meaning
     0       1     method: 0 Golomb-Rice, 1 fixed width, 2 enumeration
@@ -19,18 +19,18 @@ block may be shorter). A gap d is its low b bits (remainder) and d >> b (quotien
     ...     ...   quotients in unary: q zeros and a one for each gap, lowest bit first, the last
                   byte padded with zeros
 
-On many random positions this is 1 to 2 % above log2 C(n, count) bits; positions that cluster, as
-those of real gradients do, take less than that.
+For many random positions this is 1 to 2 % above log2 C(n, count) bits. Positions that cluster, as
+those of real gradients do, take fewer bits.
 
-Method 1, for a device on which bit-serial coding does not pay::
+Method 1, fixed width, for a device, where bit-serial coding is slow::
 
     1       ...   each position in (n - 1).bit_length() bits, lowest bit first, the last byte
                   padded with zeros
 
-Method 2, for at most 16 positions, and for at most 256 of which Golomb-Rice makes more than 5 %
-above log2 C(n, count) bits: their number in the combinatorial number system (Cover, 1973), which is
-the sum over i from 1 to count of C(position[i - 1], i). It takes ceil(log2 C(n, count)) bits,
-whatever the positions are::
+Method 2, enumeration, for at most 16 positions, and for at most 256 positions of which Golomb-Rice
+takes more than 5 % above log2 C(n, count) bits. It is the number of the positions in the
+combinatorial number system (Cover, 1973): the sum over i from 1 to count of C(position[i - 1], i).
+It takes ceil(log2 C(n, count)) bits, whatever the positions::
 
     1       ...   the number, in as many bytes as C(n, count) - 1 needs, lowest byte first
 """
@@ -57,8 +57,8 @@ __all__ = ["decode_indices", "encode_indices"]
 
 RICE, FIXED, ENUMERATED = 0, 1, 2
 BLOCK = 128
-# Numbers of more than a few thousand bits would cost milliseconds; up to some hundred bits they are
-# the fastest method.
+# Enumeration is the fastest method up to some hundred bits, and takes milliseconds from a few
+# thousand bits on.
 MOST_ENUMERATED = 256
 FEW = 16
 TOLERATED = 1.05
@@ -66,10 +66,10 @@ Numbers = npt.NDArray[np.int64]
 
 
 def encode_indices(indices: Tensor, n: int) -> Tensor:
-    """Code `indices` (int64, ascending, distinct, below `n`) as a section of bytes (uint8).
+    """Return the section (uint8) of `indices` (int64, ascending, distinct, below `n`).
 
-    On the CPU the method is Golomb-Rice or, where that falls short, enumeration; on another device
-    fixed width, without synchronisation.
+    On the CPU the method is Golomb-Rice or enumeration; on another device it is fixed width,
+    without synchronisation.
     """
     count = indices.numel()
     if count in (0, n):
@@ -130,7 +130,7 @@ def _encode_rice(positions: Numbers) -> Bytes:
     lengths = np.full(blocks, BLOCK)
     lengths[-1] = count - BLOCK * (blocks - 1)
 
-    # The best b of a geometric distribution is near log2(ln 2 * mean); its neighbours are tried.
+    # The best b of a geometric distribution is near log2(ln 2 * mean). Both neighbours are tried.
     mean = table.sum(1) / lengths
     guess = np.log2(np.maximum(mean * np.log(2), 1)).astype(np.int64)
     candidates = np.maximum(guess[:, None] + np.arange(-1, 2), 0)
@@ -171,7 +171,7 @@ def _decode_rice(data: Bytes, count: int, n: int) -> Numbers:
         gaps[by_gap == b] = unpack_fixed(data[position : position + size], b, numbers)
         position += size
     unary = data[position:]
-    # The quotients add up to less than n, so that a longer section cannot be valid.
+    # The sum of the quotients is less than n, so a longer section cannot be valid.
     if unary.size > (count + n + 7) // 8:
         raise PayloadError(f"{unary.size} bytes of unary quotients are too many for {n} elements")
     ends = np.flatnonzero(np.unpackbits(unary, bitorder="little"))
@@ -236,7 +236,7 @@ def _largest_below(number: int, i: int) -> tuple[int, int]:
     if number == 0:
         return i - 1, 0
     # C(p, i) is about m^i / i! for m in the middle of the i factors; the last term corrects for
-    # their spread. What is left to do is a step or two, exactly.
+    # their spread. At most a few exact steps remain.
     middle = math.exp((math.log(number) + math.lgamma(i + 1)) / i)
     position = max(i, int(middle + (i - 1) / 2 + (i * i - 1) / (24 * middle)))
     value = math.comb(position, i)

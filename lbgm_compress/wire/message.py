@@ -1,8 +1,8 @@
-"""A message: what one worker sends in one round for all its tensors.
+"""A message: the payloads of all tensors of one worker in one round.
 
 A message is a head, whose size both ends know from the compressor and the list of tensors, and a
-body, which is empty if no tensor needs one. Version 1, byte by byte (T tensors, in the order of
-their sorted names)::
+body, which may be empty. Version 1, byte by byte, with T tensors in the order of their sorted
+names::
 
     offset  size  meaning
     0       1     version of the wire format: 1
@@ -14,7 +14,7 @@ their sorted names)::
                   look-back gradient which the tensor uses, or 0
     16      ...   for each tensor the head of its payload
 
-    the body, if there is any:
+    the body, unless it is empty:
     0       8     identifier of the look-back gradients that this message sets, random and not 0;
                   absent if it sets none
     ...     ...   for each tensor whose payload has a body, its size: an unsigned LEB128 integer
@@ -24,14 +24,14 @@ The payload of a tensor is a head, whose size its compressor knows, and a body. 
 every head is a set of flags, its *kind*::
 
     1   BODY  a body follows
-    2   RAW   the body holds the tensor's elements as they are in memory, row by row, and the rest
-              of the head is zeros: what every compressor sends for a gradient with inf or nan
+    2   RAW   the body is the tensor's elements as they are in memory, row by row, and the rest of
+              the head is zeros; every compressor sends a gradient with inf or nan so
     4   USES  the receiver needs the look-back gradient that it holds for this tensor
-    8   SETS  the receiver holds another look-back gradient afterwards
+    8   SETS  the receiver holds a new look-back gradient afterwards
 
-Look-back gradients are identified by the random number of the message that set them, so that
-neither a lost or repeated message nor a restart or a return to an older checkpoint can make two
-different ones look alike.
+A look-back gradient is identified by the random number of the message that set it. So two different
+ones are never confused after a lost or repeated message, a restart, or a return to an older
+checkpoint.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ USES, SETS = int(Kind.USES), int(Kind.SETS)
 
 
 def recycles(kind: int) -> bool:
-    """Whether a payload of this kind looks back and sets nothing new."""
+    """Return whether a payload of this kind uses a look-back gradient and sets no new one."""
     return kind & (USES | SETS) == USES
 
 
 def layout_hash(compressor: str, tensors: Iterable[tuple[str, Sequence[int], torch.dtype]]) -> int:
-    """Hash what both ends must agree on before a message means anything."""
+    """Return the hash of the compressor and the tensors, which both ends must agree on."""
     lines = [compressor, *(f"{name} {tuple(shape)} {dtype}" for name, shape, dtype in tensors)]
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=2).digest()
     return int.from_bytes(digest, "little")
 
 
 def body_size(head: bytes) -> int:
-    """Read from the first bytes of a message how many follow its head.
+    """Return the size of a message's body, from the first eight bytes of its head.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def body_size(head: bytes) -> int:
 
 
 def look_back_check(identifiers: Sequence[int]) -> int:
-    """Hash the identifiers of the look-back gradients in use (0 where a tensor uses none)."""
+    """Return the hash of the identifiers of the look-back gradients in use (0 for none)."""
     if not any(identifiers):
         return 0
     data = struct.pack(f"<{len(identifiers)}Q", *identifiers)
@@ -123,14 +123,14 @@ class Message:
     bodies: Sequence[Tensor | None]
 
     def sizes(self) -> list[int]:
-        """Return how many bytes each tensor takes: head, size of the body, and body."""
+        """Return the size in bytes of each tensor's part: head, size of the body, and body."""
         return [
             len(head) + (0 if body is None else len(varint(body.numel())) + body.numel())
             for head, body in zip(self.heads, self.bodies, strict=True)
         ]
 
     def numel(self) -> int:
-        """Return how many bytes the whole message takes."""
+        """Return the size in bytes of the whole message."""
         identifier = 8 if any(head[0] & Kind.SETS for head in self.heads) else 0
         return HEADER_SIZE + identifier + sum(self.sizes())
 
@@ -148,17 +148,17 @@ class Message:
 
     @staticmethod
     def unpack(message: Tensor, layout: int, head_sizes: Sequence[int]) -> Message:
-        """Take a message apart; the bodies share its memory.
+        """Return the parts of a message; the bodies share its memory.
 
         Raises
         ------
         PayloadError
-            If it is not a well-formed message of this version for tensors of this layout.
+            If the bytes are not a message of this version for tensors of this layout.
         """
         front = HEADER_SIZE + sum(head_sizes)
         if message.numel() < 1:
             raise PayloadError("the message is empty")
-        # Identifier and sizes stand at the start of the body: one copy brings them along.
+        # The identifier and the sizes are at the start of the body: one copy includes them.
         host = message[: front + 8 + 9 * len(head_sizes)].cpu().numpy().tobytes()
         size = body_size(host)
         if message.numel() < front:

@@ -1,7 +1,7 @@
-"""Floating-point values in a chosen precision.
+"""Coding of floating-point values in a chosen precision.
 
-The number of values, their dtype and the precision are known from elsewhere. A section of values
-is, in this order::
+A section of values contains neither the number of values nor their dtype or precision. It is, in
+this order::
 
     size          present                  meaning
     2             if scaled                e, int16: the values are multiplied by 2**e at the end
@@ -10,12 +10,12 @@ is, in this order::
                                            (float32 32, float16 and bfloat16 16, int8 8, int4 4,
                                            int2 2; float64 64)
 
-The precision in use is the narrower of the asked one and the tensor's own dtype; a dtype that is
-no wider than the asked precision is sent as it is, bit for bit. A section is *scaled* if the
-precision in use has a smaller range than the dtype: then `e` brings the largest magnitude just
-below the top of the range, so that nothing overflows and small gradients do not underflow.
+The precision in use is the narrower of the requested one and the tensor's own dtype. A dtype that
+is no wider than the requested precision is sent bit for bit. A section is *scaled* if the precision
+in use has a smaller range than the dtype: `e` is chosen so that the largest magnitude is just below
+the top of the range, so that nothing overflows and small gradients do not underflow.
 
-In a block with scale c an integer q stands for q * c, computed in float64 and then rounded to the
+In a block with scale c an integer q represents q * c, computed in float64 and then rounded to the
 tensor's dtype:
 
 - int8: q is two's complement, the largest magnitude of a block is 127;
@@ -48,11 +48,11 @@ __all__ = [
 
 
 class Precision(NamedTuple):
-    """How a value is written."""
+    """The format of a value."""
 
     bits: int
     dtype: torch.dtype | None
-    """None: an integer with the scale of its block."""
+    """The floating-point dtype; None for an integer with the scale of its block."""
 
 
 PRECISIONS = {
@@ -68,7 +68,7 @@ BLOCK = 256
 # Magnitudes of a scaled section lie below 2**TOP.
 TOP = {torch.float32: 100, torch.bfloat16: 100, torch.float16: 15, None: 20}
 LARGEST = {8: 127, 4: 7}
-# Scales below it times an integer are within the range of float32.
+# A scale below this, times an integer, is within the range of float32.
 LARGE = 1e36
 
 
@@ -87,13 +87,13 @@ def from_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def precision_of(precision: str, dtype: torch.dtype) -> str:
-    """Return the narrower of a precision and a tensor's own."""
+    """Return the narrower of a precision and that of a tensor's dtype."""
     own = str(dtype).removeprefix("torch.")
     return own if PRECISIONS[own].bits <= PRECISIONS[precision].bits else precision
 
 
 def _in_use(precision: str, dtype: torch.dtype) -> tuple[Precision, bool]:
-    """Return how values go on the wire and whether an exponent goes with them."""
+    """Return the format of values, and whether an exponent is sent with them."""
     wire = PRECISIONS[precision]
     if wire.bits >= 8 * dtype.itemsize:
         return Precision(8 * dtype.itemsize, dtype), False
@@ -110,7 +110,7 @@ def values_size(count: int, precision: str, dtype: torch.dtype) -> int:
 
 
 def encode_values(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Code flat, finite `values` and return the section (uint8) and what it decodes to.
+    """Return the section (uint8) of flat, finite `values`, and the values that it decodes to.
 
     Both are computed on the device of `values`, without synchronisation.
     """
@@ -119,12 +119,12 @@ def encode_values(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def decode_values(section: Tensor, count: int, precision: str, dtype: torch.dtype) -> Tensor:
-    """Return the `count` values of `dtype` that a section (flat uint8) holds.
+    """Return the `count` values of `dtype` in a section (flat uint8).
 
     Raises
     ------
     PayloadError
-        If the section has another size, or holds a value that is not finite.
+        If the section has another size, or a value that is not finite.
     """
     if section.numel() != values_size(count, precision, dtype):
         raise PayloadError(
@@ -135,9 +135,9 @@ def decode_values(section: Tensor, count: int, precision: str, dtype: torch.dtyp
 
 
 def encode_rows(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Code each row of finite `values` (k x count) as a section of its own.
+    """Return a section for each row of finite `values` (k x count), and the decoded values.
 
-    Returns the sections (k x size, uint8) and what they decode to (k x count).
+    The sections are k x size, uint8; the decoded values k x count.
     """
     dtype, (rows, count) = values.dtype, values.shape
     wire, scaled = _in_use(precision, dtype)
@@ -161,12 +161,12 @@ def encode_rows(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def decode_rows(sections: Tensor, count: int, precision: str, dtype: torch.dtype) -> Tensor:
-    """Return the values (k x count) that sections of the right size (k x size) hold.
+    """Return the values (k x count) of sections of the right size (k x size).
 
     Raises
     ------
     PayloadError
-        If they hold a value that is not finite.
+        If a value is not finite.
     """
     wire, scaled = _in_use(precision, dtype)
     values = _decode(sections, count, wire, scaled, dtype)
@@ -182,7 +182,7 @@ def _integers(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         values = torch.nn.functional.pad(values, (0, -count % BLOCK))
     table = values.reshape(rows, -(-count // BLOCK), BLOCK)
     if bits == 2:
-        # Divided by the largest magnitude first, squares neither overflow nor vanish.
+        # After division by the largest magnitude, squares neither overflow nor vanish.
         top = table.abs().amax(2, keepdim=True)
         unit = (table / top).nan_to_num_(0.0)
         lengths = torch.full((table.shape[1],), BLOCK, device=values.device)
@@ -220,9 +220,8 @@ def _decode(
         blocks = -(-count // BLOCK)
         scales = from_bytes(sections[:, : 4 * blocks].reshape(-1), torch.float32).view(rows, blocks)
         integers = _unpacked(sections[:, 4 * blocks :], count, wire.bits)
-        # The product of an integer and a scale has few enough bits to be exact in float64, so that
-        # float32 rounds it to the same number, if it does not overflow. Only on the CPU is it
-        # cheaper to look.
+        # The product of an integer and a scale is exact in float64, so float32 rounds it to the
+        # same number unless it overflows. The check is cheaper than float64 on the CPU alone.
         exact = dtype == torch.float32 and not scaled and scales.device.type == "cpu"
         if exact and bool((scales.abs() < LARGE).all()):
             return _times(integers, scales)
