@@ -50,8 +50,8 @@ class CompressedStrategy(Strategy):
     client that the message was sent to. A reply is rejected if it is malformed, if it brings inf or
     nan where the server's own parameter is finite, or if its MetricRecord has other names than
     those of the majority where the inner strategy needs them alike. A rejected reply becomes an
-    error reply, is logged and counted, and changes no state. Replies to an evaluation are rejected
-    in the same way.
+    error reply, is logged and counted, and changes no state of another client. Replies to an
+    evaluation are rejected in the same way.
 
     The aggregated MetricRecord of a round gets four more entries. Three are about the replies that
     were decoded:
