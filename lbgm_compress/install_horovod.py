@@ -4,10 +4,10 @@
 
 Horovod 0.28.1, its latest release, asks for C++14, and the headers of torch 2.1 and later need
 C++17 (horovod/horovod issue 3996). This fetches the released source, changes that number in the
-two files that have it, builds with gloo and nothing else, and gathers tensors of unequal size
-between two processes with the result. What builds it (CMake, an older setuptools) goes to a
-temporary folder, not into the environment. Wheels are kept by torch, Python and platform in the
-user's cache folder, so that the next environment installs in seconds.
+two files that have it, builds with gloo alone, and tries the result: two processes gather tensors
+of unequal size. The build tools (CMake, an older setuptools) go to a temporary folder, not into the
+environment. Wheels are kept by torch, Python and platform in the user's cache folder, so that the
+next environment installs in seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VERSION = "0.28.1"
 SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 FILES = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
 BEFORE, AFTER = "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)"
-# CMake 4 refuses the age of some of the bundled projects; setuptools 80 what setup.py calls.
+# CMake 4 refuses some of the bundled projects as too old; setuptools 80 lacks what setup.py calls.
 BUILD_TOOLS = ("cmake==3.31.6", "setuptools==79.0.1", "wheel", "packaging", "cffi", "cloudpickle")
 SETTINGS = {
     "HOROVOD_WITH_PYTORCH": "1",
@@ -52,7 +52,7 @@ assert gathered.tolist() == [0, 1, 1], gathered
 
 
 class InstallError(RuntimeError):
-    """Horovod could not be built or does not work; the message says why."""
+    """Raised if Horovod cannot be built or does not work; the message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def wheel_folder(cache: Path) -> Path:
-    """Return where wheels for this torch, Python and platform are kept.
+    """Return the folder of wheels for this torch, Python and platform.
 
     Raises
     ------
@@ -102,12 +102,12 @@ def wheel_folder(cache: Path) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Build a wheel and keep it in `folder`; a few minutes.
+    """Build a wheel, which takes a few minutes, and keep it in `folder`.
 
     Raises
     ------
     InstallError
-        If a tool is missing, the source cannot be fetched or is another, or the build fails.
+        If a tool is missing, the source cannot be fetched or has another hash, or the build fails.
     """
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise InstallError("there is no C++ compiler: install g++ (or set CXX) first")
@@ -115,11 +115,11 @@ def build(folder: Path) -> Path:
         raise InstallError("there is no make: install it first")
     with tempfile.TemporaryDirectory(prefix="horovod-") as temporary:
         place = Path(temporary)
-        print(f"Fetching the source of Horovod {VERSION} and what builds it ...", flush=True)
+        print(f"Fetching the source of Horovod {VERSION} and its build tools ...", flush=True)
         tools = place / "tools"
         _run(
             _pip("install", "--target", str(tools), *BUILD_TOOLS),
-            "could not install what builds Horovod",
+            "could not install the tools that build Horovod",
         )
         environment = {
             **{name: value for name, value in os.environ.items() if name != "MAKEFLAGS"},
@@ -142,12 +142,12 @@ def build(folder: Path) -> Path:
 
 
 def change_standard(source: Path) -> None:
-    """Ask for C++17 where the released source asks for C++14.
+    """Replace C++14 by C++17 in the released source.
 
     Raises
     ------
     InstallError
-        If the source is not as expected; it is then unchanged.
+        If a file does not have the expected line once; all files are then unchanged.
     """
     texts = {}
     for name in FILES:
@@ -180,7 +180,7 @@ def check() -> None:
 
 
 def _fetch(place: Path, environment: dict[str, str]) -> Path:
-    # pip fetches from whatever index it is set up for, and compares the hash.
+    # pip fetches from the index that it is configured for, and compares the hash.
     pinned = place / "horovod.txt"
     pinned.write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n")
     command = _pip("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation")
@@ -188,7 +188,7 @@ def _fetch(place: Path, environment: dict[str, str]) -> Path:
     _run(command, f"could not fetch the source of Horovod {VERSION}", environment)
     [archive] = place.glob("horovod-*.tar.gz")
     with tarfile.open(archive) as file:
-        # Its hash is known, and so are its members.
+        # The hash has been compared, so that the members are known to be harmless.
         file.extractall(place)
     return place / f"horovod-{VERSION}"
 
@@ -210,7 +210,7 @@ def _run(
     environment: dict[str, str] | None = None,
     limit: float | None = None,
 ) -> None:
-    """Run a command; show what it printed only if it fails."""
+    """Run a command, and raise an error with what it printed if it fails."""
     try:
         done = subprocess.run(
             command,

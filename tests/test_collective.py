@@ -9,10 +9,16 @@ import torch
 import torch.distributed as dist
 
 from lbgm_compress import LBGM, ErrorFeedback, Identity, LookBackSubspace, Sender, TopK
-from lbgm_compress.collective import Averager, ProcessGroupTransport, Transport
+from lbgm_compress.collective import (
+    Averager,
+    BackgroundAverager,
+    ProcessGroupTransport,
+    Transport,
+)
 from lbgm_compress.collective.averager import body_length
 from lbgm_compress.collective.background import Worker
 from lbgm_compress.collective.transport import gather_texts
+from tests.laws import assert_same_bits
 from tests.ranks import run_ranks
 from tests.transport_laws import check_transport
 
@@ -178,6 +184,131 @@ def average_without_collectives(rank):
 
 def test_ranks_on_the_cpu_leave_nothing_with_the_threads_of_the_engine():
     assert run_ranks(average_without_collectives, 3) == [True] * 3
+
+
+class Mirror(Transport):
+    """Ranks that all send what the first one sends."""
+
+    def __init__(self, size=2):
+        self.rank, self.size = 0, size
+        self.sent = []
+
+    def gather_equal(self, data):
+        self.sent.append(data.numel())
+        return data.expand(self.size, -1).clone()
+
+
+def ones(like=4):
+    return {"w": torch.ones(like)}
+
+
+def test_average_has_the_dtypes_and_shapes_of_the_gradients():
+    likes = {"w": torch.empty(3, 2), "half": torch.empty(4, dtype=torch.bfloat16)}
+    averager = Averager(Identity(), likes, Mirror(), start_step=1)
+    grads = {name: torch.full_like(like, 1.5) for name, like in likes.items()}
+    for _ in range(2):
+        assert_same_bits(averager.average(grads), grads)
+    assert averager.step == 2
+    assert averager.stats()["message_bytes"] > 0
+
+
+def test_ranks_that_have_changed_are_compared_again_and_sent_everything():
+    transport = Mirror()
+    averager = Averager(LBGM(), {"w": torch.empty(400)}, transport)
+    for size, full in ((2, True), (2, False), (3, True), (3, False)):
+        transport.size = size
+        before = averager.stats()["message_bytes"]
+        assert_same_bits(averager.average(ones(400)), ones(400))
+        assert (averager.stats()["message_bytes"] - before > 1600) == full
+        assert averager.ranks_match
+    assert averager.share == 1 / 3
+
+
+def test_lines_that_must_match_are_compared():
+    class Other(Mirror):
+        """The second rank has another colour, and so another digest at the start of its row."""
+
+        def gather_equal(self, data):
+            rows = super().gather_equal(data)
+            text = bytes(rows[1]).replace(b"colour 1", b"colour 2")
+            rows[1] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            rows[1][0] ^= len(self.sent) == 1
+            return rows
+
+    averager = Averager(LBGM(), {"w": torch.empty(4)}, Other(), must_match=["colour 1"])
+    with pytest.raises(ValueError, match="rank 0 has colour 1 where rank 1 has colour 2"):
+        averager.average(ones())
+
+
+class Fails(Identity):
+    """Cannot encode ones."""
+
+    def encode(self, grad, state):
+        if bool((grad == 1).all()):
+            raise ArithmeticError("ones cannot be encoded")
+        return super().encode(grad, state)
+
+
+def background(compressor):
+    averager = BackgroundAverager(compressor, {"w": torch.empty(4)}, Mirror())
+    found = []
+
+    def deliver(average):
+        found.append(average if average is None else average.finish()["w"].tolist())
+
+    def submit(value):
+        averager.begin_step()
+        averager.submit({"w": torch.full((4,), value)}, deliver)
+
+    return averager, submit, found
+
+
+def test_averages_of_a_step_are_delivered_in_order_before_its_end():
+    averager, submit, found = background(Identity())
+    for value in (1.0, 2.0, 3.0):
+        submit(value)
+    averager.end_step()
+    assert found == [[1.0] * 4, [2.0] * 4, [3.0] * 4]
+    assert averager.step == 1
+
+
+def test_error_of_a_bucket_is_raised_at_the_end_of_the_step_and_the_rest_gets_none():
+    averager, submit, found = background(Fails())
+    for value in (0.0, 1.0, 2.0):
+        submit(value)
+    with pytest.raises(ArithmeticError, match="ones cannot be encoded"):
+        averager.end_step()
+    assert found == [[0.0] * 4, None, None]
+    assert averager.step == 0
+    with pytest.raises(RuntimeError, match="load a checkpoint"):
+        submit(0.0)
+    averager.load_state_dict(averager.state_dict())
+    submit(0.0)
+    averager.end_step()
+    assert averager.step == 1
+
+
+def test_abandoned_step_is_neither_counted_nor_an_error():
+    averager, submit, found = background(Fails())
+    submit(1.0)
+    averager.abandon_step()
+    assert found == [None]
+    submit(0.0)
+    averager.end_step()
+    assert averager.step == 1
+
+
+def test_error_while_delivering_is_the_step_s():
+    averager, _, _ = background(Identity())
+
+    def deliver(average):
+        if average is not None:
+            raise ArithmeticError("no place for it")
+
+    averager.begin_step()
+    averager.submit(ones(), deliver)
+    with pytest.raises(ArithmeticError, match="no place for it"):
+        averager.end_step()
 
 
 def test_thread_is_over_when_its_owner_is_gone():

@@ -144,7 +144,10 @@ def compression_hook(
 
 
 def _flat(average: Average, buffer: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
-    """Finish an average in the layout of a bucket's buffer, whose views the gradients are."""
+    """Finish an average as one tensor in the layout of a bucket's buffer.
+
+    `grads` are views of the buffer.
+    """
     out = torch.zeros_like(buffer, dtype=sum_dtype(buffer.dtype))
     into = {
         name: out.as_strided(

@@ -84,8 +84,8 @@ class Average(abc.ABC):
         Returns
         -------
         dict
-            The averages by name, with the dtypes of the gradients; with `into`, in its dtypes,
-            and then either its tensors or others.
+            The averages by name, with the dtypes of the gradients. With `into`, they have its
+            dtypes, and are its tensors or others.
 
         Raises
         ------
@@ -105,7 +105,7 @@ class Average(abc.ABC):
 
     @abc.abstractmethod
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Return the averages in any dtype."""
+        """Return the averages in the dtype of the sums or of the gradients."""
 
 
 class DenseAverage(Average):
@@ -114,7 +114,7 @@ class DenseAverage(Average):
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         parts = torch.split(self._pending.result(), [g.numel() for g in self._grads.values()])
         return {
-            name: part.view(grad.shape)
+            name: part.view(grad.shape).to((into or self._grads)[name].dtype)
             for (name, grad), part in zip(self._grads.items(), parts, strict=True)
         }
 
@@ -156,7 +156,7 @@ class Averager:
     It holds the rank's sender, and a receiver for the messages of the other ranks.
 
     All ranks call `average` for each step, or `begin` for each part of the gradients of a step and
-    `end_step` after the last. They are to call in the same order with the same names.
+    `end_step` after the last part: in the same order, and with the same names.
 
     Parameters
     ----------

@@ -197,8 +197,8 @@ class ProcessGroupTransport(Transport):
 
         Not by a collective: gloo's threads let go of a collective's tensors some time after it is
         over, which takes Python's lock, and if the interpreter ends meanwhile the process is
-        aborted (pytorch #190489). Tensors of sends and receives are let go of by the thread that
-        waits for them.
+        aborted (pytorch #190489). The tensors of sends and receives belong to the thread that waits
+        for them.
         """
         peers = [(self.rank + step) % self.size for step in range(1, self.size)]
         works = [

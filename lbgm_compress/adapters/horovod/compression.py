@@ -31,9 +31,9 @@ class Bucket:
 
 
 class Compression(BackgroundAverager):
-    """The state of a distributed optimizer on one rank, beside that of the optimizer itself.
+    """Averages the gradients of a distributed optimizer, on one rank.
 
-    Made by `DistributedOptimizer`, and its attribute ``compression``.
+    `DistributedOptimizer` makes it, and keeps it as its attribute ``compression``.
     """
 
     transport: HorovodTransport

@@ -120,7 +120,7 @@ def _distributed(base: type, module: str) -> Any:
 
         @contextlib.contextmanager
         def skip_synchronize(self) -> Iterator[None]:
-            """Let ``step()`` take the gradients as they are: call `synchronize` before."""
+            """Have ``step()`` use the gradients as they are; call `synchronize` before."""
             self._should_synchronize = False
             try:
                 yield
@@ -171,7 +171,7 @@ def _distributed(base: type, module: str) -> Any:
             super().load_state_dict(state_dict)
 
         def set_backward_passes_per_step(self, passes: int) -> None:
-            """Send gradients after so many backward passes, from now on."""
+            """Send gradients after `passes` backward passes, from now on."""
             self.compression.set_passes(passes)
 
         def add_param_group(self, param_group: Any) -> None:
