@@ -92,7 +92,7 @@ def assert_close(ours, expected):
     [
         ("simulation", 5),
         ("deployment", 2),
-        pytest.param("deployment", length(20, 5), marks=pytest.mark.soak),
+        pytest.param("deployment", length(10, 5), marks=pytest.mark.soak),
     ],
 )
 def test_without_compression_parameters_equal_those_of_plain_fedavg(
