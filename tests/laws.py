@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lbgm_compress
-from lbgm_compress import Compressor, PayloadError, Receiver, Sender
+from lbgm_compress import Compressor, PayloadError, Receiver, Sender, parse_compressor
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes
 
@@ -45,10 +45,20 @@ def saved_and_loaded(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+def classes_of(compressor: Any) -> set[type]:
+    """Return the classes of a dataclass and of the dataclasses that are its fields."""
+    values = [getattr(compressor, field.name) for field in dataclasses.fields(compressor)]
+    inner = [classes_of(value) for value in values if dataclasses.is_dataclass(value)]
+    return {type(compressor)}.union(*inner)
+
+
 def check_repr(compressor: Compressor, names: Mapping[str, Any] | None = None) -> None:
-    namespace = {name: getattr(lbgm_compress, name) for name in lbgm_compress.__all__}
-    namespace.update(names or {})
+    """The repr of a compressor builds it, also with `parse_compressor`."""
+    classes = classes_of(compressor)
+    namespace = {one.__name__: one for one in classes} | dict(names or {})
     assert eval(repr(compressor), namespace) == compressor
+    if not names:
+        assert parse_compressor(repr(compressor), known=classes) == compressor
 
 
 def copied(state: Any) -> Any:
@@ -76,7 +86,7 @@ def check_laws(
     run
         One mapping from names to gradients for each round, with the same names in all of them.
     names_in_repr
-        Names besides those of `lbgm_compress` that the compressor's repr needs.
+        Names in the compressor's repr that are not classes of the compressor and of its fields.
     """
     check_repr(compressor, names_in_repr)
     check_properties(compressor)

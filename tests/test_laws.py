@@ -157,9 +157,9 @@ def test_a_receivers_state_that_no_payload_announced_is_an_error():
     with pytest.raises(RuntimeError, match=rule):
         compressor.accumulate(payload, {}, into["w"], 1.0)
     with pytest.raises(RuntimeError, match=rule):
-        check_laws(compressor, training_run(5), {"AlternatingSigns": AlternatingSigns})
+        check_laws(compressor, training_run(5))
 
 
 def test_a_receivers_state_that_payloads_announce_is_kept():
     compressor = AlternatingSigns(announced=True)
-    check_laws(compressor, training_run(5), {"AlternatingSigns": AlternatingSigns})
+    check_laws(compressor, training_run(5))
