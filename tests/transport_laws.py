@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -34,12 +34,18 @@ def check_transport(run_ranks: Callable[[Callable[[Transport], Any]], Sequence[A
         what one of them raises.
     """
     results = run_ranks(keep_laws)
-    assert [result["place"] for result in results] == [
-        (rank, len(results)) for rank in range(len(results))
-    ]
-    for result in results[1:]:
-        assert_same_bits(result["sums"], results[0]["sums"])
-        assert_same_bits(result["averages"], results[0]["averages"])
+    places = [result["place"] for result in results]
+    expected = [(rank, len(results)) for rank in range(len(results))]
+    assert places == expected, f"rank and size are {places}, expected {expected}"
+    for rank, result in enumerate(results[1:], start=1):
+        for what in ("sums", "averages"):
+            for name, found in result[what].items():
+                try:
+                    assert_same_bits(found, results[0][what][name])
+                except AssertionError as error:
+                    raise AssertionError(
+                        f"{what} differ between rank 0 and rank {rank} in {name}: {error}"
+                    ) from None
 
 
 def keep_laws(transport: Transport) -> dict[str, Any]:
@@ -55,6 +61,21 @@ def keep_laws(transport: Transport) -> dict[str, Any]:
     return {"place": place, "sums": sums, "averages": averages}
 
 
+@contextlib.contextmanager
+def raises(kind: type[Exception], text: str) -> Iterator[None]:
+    """Fail unless an error of a kind, with a text in its message, is raised within.
+
+    The failure is an AssertionError, which ranks can pickle; that of `pytest.raises` is not.
+    """
+    try:
+        yield
+    except kind as error:
+        message = str(error)
+    else:
+        raise AssertionError(f"expected {kind.__name__} with {text!r} in its message")
+    assert text in message, f"expected {text!r} in the message, found {message!r}"
+
+
 def content(rank: int, size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
@@ -65,17 +86,27 @@ def gather_data_of_one_size(transport: Transport) -> None:
     for seed, numel in enumerate([*SIZES[1:], 4 * KB * KB]):
         data = content(transport.rank, numel, seed)
         rows = transport.gather_equal(data)
-        assert (rows.shape, rows.dtype) == ((size, numel), torch.uint8)
-        assert rows.is_contiguous()
-        assert torch.equal(data, content(transport.rank, numel, seed))
+        what = f"gather_equal of {numel} bytes on rank {transport.rank} of {size}"
+        assert isinstance(rows, Tensor), f"{what} returned {type(rows).__name__}"
+        found = tuple(rows.shape), rows.dtype
+        assert found == ((size, numel), torch.uint8), f"{what} returned shape and dtype {found}"
+        assert rows.is_contiguous(), f"{what} returned rows that are not contiguous"
+        assert torch.equal(data, content(transport.rank, numel, seed)), f"{what} changed its data"
+        for rank, row in enumerate(rows):
+            same = torch.equal(row, content(rank, numel, seed))
+            assert same, (
+                f"{what}: row {rank} is not what rank {rank} gave (are rows in rank order?)"
+            )
         # No other rank sees what becomes of the data and of the rows.
         data.fill_(255)
         transport.gather_equal(torch.zeros(1, dtype=torch.uint8))
+        shared = "is not in memory of its own"
         for rank, row in enumerate(rows):
-            assert torch.equal(row, content(rank, numel, seed)), (numel, rank)
+            same = torch.equal(row, content(rank, numel, seed))
+            assert same, f"{what}: row {rank} {shared}, it changed after the exchange"
         rows.fill_(transport.rank)
         transport.gather_equal(torch.zeros(1, dtype=torch.uint8))
-        assert bool((rows == transport.rank).all())
+        assert bool((rows == transport.rank).all()), f"{what}: the result {shared}"
 
 
 def gather_data_of_many_sizes(transport: Transport) -> None:
@@ -89,13 +120,14 @@ def gather_data_of_many_sizes(transport: Transport) -> None:
         parts[mine] = content(mine, sizes[mine], seed)
         transport.gather_unequal(parts)
         for rank, part in enumerate(parts):
-            assert torch.equal(part, content(rank, sizes[rank], seed)), (seed, sizes, rank)
+            same = torch.equal(part, content(rank, sizes[rank], seed))
+            assert same, f"gather_unequal of sizes {sizes}: rank {mine} has part {rank} wrong"
 
 
 def length(head: bytes, rank: int) -> int:
     """Read the size of a body from the first bytes of a head of these tests."""
-    assert len(head) == HEAD
-    assert head[-1] == rank
+    assert len(head) == HEAD, f"body_length was given {len(head)} bytes, the head has {HEAD}"
+    assert head[-1] == rank, f"body_length was given the head of rank {head[-1]} for rank {rank}"
     return int.from_bytes(head[:4], "little")
 
 
@@ -124,9 +156,11 @@ def gather_messages(transport: Transport) -> None:
         for seed, sizes, exchange in pending:
             wait_until(exchange.ready)
             messages = exchange.result()
-            assert len(messages) == world
+            what = f"begin_gather of bodies of {sizes} bytes, on rank {mine}"
+            assert len(messages) == world, f"{what}, returned {len(messages)} messages"
             for rank, found in enumerate(messages):
-                assert torch.equal(found, message(rank, sizes[rank], seed)), (seed, rank)
+                same = torch.equal(found, message(rank, sizes[rank], seed))
+                assert same, f"{what}: message {rank} is not that of rank {rank}"
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
@@ -144,7 +178,7 @@ def refuse_a_message(transport: Transport) -> None:
 
     for seed in range(3):
         own = message(transport.rank, 50, seed)
-        with pytest.raises(RuntimeError, match="rank 0 is refused"):
+        with raises(RuntimeError, "rank 0 is refused"):
             transport.begin_gather(own, HEAD, refuse, "refused").result()
     gather_messages(transport)
 
@@ -170,14 +204,17 @@ def add_up(transport: Transport) -> dict[str, Tensor]:
             parts = [numbers(rank, numel, dtype) for rank in range(transport.size)]
             # An engine may add up in another order when several sums are under way.
             alone = transport.all_reduce(numbers(transport.rank, numel, dtype))
-            for way, found in (("together", exchange.result()), ("alone", alone)):
-                assert (found.shape, found.dtype) == ((numel,), dtype)
+            for way, found in (("together", exchange.result()), ("not together", alone)):
+                what = f"the sum of {numel} numbers of {dtype} ({way} with others)"
+                shape = tuple(found.shape), found.dtype
+                assert shape == ((numel,), dtype), f"{what} has shape and dtype {shape}"
                 if dtype == torch.int64:
-                    assert torch.equal(found, torch.stack(parts).sum(0))
+                    assert torch.equal(found, torch.stack(parts).sum(0)), f"{what} is wrong"
                 else:
                     exact = torch.stack(parts).double().sum(0)
                     rounding = transport.size**2 * 4 * torch.finfo(dtype).eps
-                    assert torch.allclose(found.double(), exact, rtol=0, atol=rounding)
+                    near = torch.allclose(found.double(), exact, rtol=0, atol=rounding)
+                    assert near, f"{what} is wrong"
                 sums[f"{way} {dtype} {numel}"] = found.clone()
     return sums
 
@@ -222,12 +259,12 @@ def fail_on_one_rank(transport: Transport) -> None:
     averager = Averager(LBGM(), {"w": torch.empty(4)}, transport)
     averager.average({"w": torch.ones(4)})
     if transport.rank == last:
-        with pytest.raises(ValueError, match="'w' has shape"):
+        with raises(ValueError, "'w' has shape"):
             averager.average({"w": torch.ones(5)})
     else:
-        with pytest.raises(RuntimeError, match=f"rank {last} failed before it could send"):
+        with raises(RuntimeError, f"rank {last} failed before it could send"):
             averager.average({"w": torch.ones(4)})
-    with pytest.raises(RuntimeError, match="load a checkpoint"):
+    with raises(RuntimeError, "load a checkpoint"):
         averager.average({"w": torch.ones(4)})
     # The transport itself is still of use.
     again = Averager(LBGM(), {"w": torch.empty(4)}, transport)

@@ -359,7 +359,14 @@ class Averager:
         digest = hashlib.blake2b(self.description.encode(), digest_size=DIGEST_SIZE).digest()
         mine = digest + struct.pack("<qd", self.step, self._weight)
         data = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device)
-        rows = [bytes(row) for row in self.transport.gather_equal(data).tolist()]
+        gathered = self.transport.gather_equal(data)
+        expected = self.transport.size, len(mine)
+        if gathered.dtype != torch.uint8 or gathered.shape != expected:
+            raise TypeError(
+                f"{type(self.transport).__name__}.gather_equal returned {gathered.dtype} of shape "
+                f"{tuple(gathered.shape)}, expected torch.uint8 of shape {expected}: one row a rank"
+            )
+        rows = [bytes(row) for row in gathered.tolist()]
         if any(row[:DIGEST_SIZE] != digest for row in rows):
             self._raise_difference()
         numbers = [struct.unpack("<qd", row[DIGEST_SIZE:]) for row in rows]

@@ -79,16 +79,19 @@ class BackgroundAverager(Averager):
         ready = ready_event(device)
 
         def task() -> None:
-            if self._error is None:
+            if self._error is not None:
+                deliver(None)
+                return
+            with stream_after(ready, device):
                 try:
-                    with stream_after(ready, device):
-                        self._pending.append(Bucket(self.begin(grads), deliver))
-                        while self._pending and self._pending[0].average.ready():
-                            self._finish_first()
-                    return
+                    bucket = Bucket(self.begin(grads), deliver)
                 except BaseException as error:
                     self._error = error
-            deliver(None)
+                    deliver(None)
+                    return
+                self._pending.append(bucket)
+                while self._pending and self._first_is_ready():
+                    self._finish_first()
 
         self._worker.submit(task)
 
@@ -108,9 +111,11 @@ class BackgroundAverager(Averager):
 
     def abandon_step(self) -> None:
         """Wait until all averages are delivered, and neither count the step nor keep its error."""
-        failure = self._failure
+        begun = self.under_way
         self._wait()
-        self._failure = failure
+        if begun:
+            # No step begins after a failure, so that this one is of the abandoned step.
+            self._failure = None
 
     def _wait(self) -> BaseException | None:
         self._worker.run(self._finish_all)
@@ -121,6 +126,13 @@ class BackgroundAverager(Averager):
     def _finish_all(self) -> None:
         while self._pending:
             self._finish_first()
+
+    def _first_is_ready(self) -> bool:
+        try:
+            return self._pending[0].average.ready()
+        except BaseException as error:
+            self._error = error
+            return True
 
     def _finish_first(self) -> None:
         bucket = self._pending.pop(0)
