@@ -38,6 +38,7 @@ def horovodrun(
     arguments: Sequence[str], timeout: float, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``horovodrun *arguments``, and leave no process behind; stdout holds stderr too."""
+    _end_waiting()
     with tempfile.TemporaryFile("w+") as log:
         with _reaped(["horovodrun", *arguments], _variables(environment), log) as process:
             try:
@@ -151,15 +152,21 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
 
 
-_jobs: dict[int, Job] = {}
+# The job that waits for a task, by world and environment. At most one: ranks that wait keep a core
+# busy with asking each other for work.
+_waiting: dict[tuple[int, str], Job] = {}
+
+
+def _end_waiting() -> None:
+    while _waiting:
+        _waiting.popitem()[1].close()
 
 
 @pytest.fixture(scope="module")
 def jobs_end() -> Iterator[None]:
-    """End the jobs that the tests of a module have left running."""
+    """End the job that the tests of a module have left waiting."""
     yield
-    while _jobs:
-        _jobs.popitem()[1].close()
+    _end_waiting()
 
 
 def run_horovod(
@@ -172,18 +179,22 @@ def run_horovod(
 ) -> list[Any]:
     """Run ``function(rank, *arguments)`` on `world` ranks of a job, and return the results.
 
-    With `failures`, what a rank raises comes back as `Failed`; else it fails the test.
+    With `failures`, what a rank raises comes back as `Failed`; else it fails the test. The ranks
+    run the next function, too, if none of them failed.
     """
-    job = None if environment else _jobs.pop(world, None)
-    job = job or Job(world, environment or {})
+    key = world, repr(environment)
+    job = _waiting.pop(key, None)
+    if job is None:
+        _end_waiting()
+        job = Job(world, environment or {})
     keep = False
     try:
         results = job.run(pickle.dumps((function, arguments)), timeout)
         # Ranks that did not end together may be out of step.
-        keep = not environment and not any(isinstance(result, Failed) for result in results)
+        keep = not any(isinstance(result, Failed) for result in results)
     finally:
         if keep:
-            _jobs[world] = job
+            _waiting[key] = job
         else:
             job.close()
     if not failures:

@@ -36,6 +36,8 @@ ROOT = Path(__file__).parent.parent
 SMALL_BUCKETS = 0.01  # in MB: the model below takes five
 pytestmark = [
     pytest.mark.horovod,
+    # One process of the tests has the jobs, and starts them once.
+    pytest.mark.xdist_group("horovod"),
     pytest.mark.timeout(200),
     pytest.mark.usefixtures("jobs_end"),
     needs_horovod,
@@ -87,8 +89,8 @@ def against_horovods_own(rank, kind, dtype, skip):
     return (*results, optimizer.compression.stats()["ratio"], type(optimizer).__name__)
 
 
-@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(("kind", "skip"), [("SGD", False), ("Adam", False), ("SGD", True)])
+@pytest.mark.parametrize("world", [2, 3])
 def test_without_compression_training_equals_horovods_own(world, kind, skip):
     results = run_horovod(against_horovods_own, world, kind, torch.float32, skip)
     assert_replicas_agree([ours for _, ours, _, _ in results])
