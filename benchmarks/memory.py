@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if not __package__:  # run as a script
+if __name__ == "__main__" and __spec__ is None:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,14 @@ from tests.idx import write_idx
 ROOT = Path(__file__).parent.parent
 SUBSPACE = "ErrorFeedback(LookBackSubspace(2, 0.9, values='int4', directions='int2'))"
 METHODS = f"Identity(), {SUBSPACE}"
+OWN = """
+from dataclasses import dataclass
+from lbgm_compress import TopK
+
+@dataclass(frozen=True, repr=False)
+class Few(TopK):
+    pass
+"""
 QUICK = ["--short", "--seeds", "0", "--jobs", "1", "--models", "fcn"]
 
 
@@ -45,17 +55,24 @@ def evaluations(method, accuracies, a_round, seed=0, setting="local-iid", model=
 
 
 @pytest.mark.timeout(280)
-def test_runs_are_kept_and_not_done_again(tmp_path, folder, capsys, monkeypatch):
+def test_runs_are_kept_and_not_done_again(tmp_path, folder, one_process, monkeypatch):
     common = [*QUICK, "--data-dir", folder, "--out", str(tmp_path), "--settings"]
-    assert frontier.main([*common, "local-iid", "--methods", METHODS]) == 0
-    printed = capsys.readouterr().out
+    # As a script, whose pool's processes also import a class of one's own.
+    (tmp_path / "own.py").write_text(OWN)
+    script = [sys.executable, str(ROOT / "benchmarks" / "frontier.py")]
+    done = subprocess.run(
+        [*script, *common, "local-iid", "--methods", f"{METHODS}, Few(0.1)", "--known", "own:Few"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
     first = (tmp_path / "frontier.csv").read_text()
-    assert first.count("\n") == 1 + 2 * 4
-    assert "kB to dense - 0.5" in printed
+    assert first.count("\n") == 1 + 3 * 4
+    assert "kB to dense - 0.5" in done.stdout
     assert (tmp_path / "frontier-local-iid.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(frontier, "make_pool", ThreadPoolExecutor)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     # Without dense training there is a table, and no picture.
     alone = [*QUICK, "--data-dir", folder, "--out", str(tmp_path / "alone")]
     assert frontier.main([*alone, "--settings", "local-iid", "--methods", "SignSGD()"]) == 0
@@ -65,7 +82,7 @@ def test_runs_are_kept_and_not_done_again(tmp_path, folder, capsys, monkeypatch)
     done = []
     monkeypatch.setattr(frontier, "write_runs", lambda file, runs: done.append(list(runs)))
     assert frontier.main([*common, "local-iid,large-batch", "--methods", "Identity()"]) == 0
-    assert [len(runs) for runs in done] == [3]
+    assert [len(runs) for runs in done] == [4]
     assert done[0][-1] == Run("large-batch", "fcn", "Identity()", 0)
     assert (tmp_path / "frontier.csv").read_text() == first
 
