@@ -1,7 +1,7 @@
 """Messages and sections of indices of wire version 1, recorded in golden.json.
 
-``python -m tests.golden`` writes the file anew. Do that only for compressors that are added: a
-message that was recorded once must decode for good.
+``python -m tests.golden`` writes the file anew. Use it to add compressors, and keep all messages
+that the file already has: they must decode in every later release.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMPRESSORS = [
 
 
 def gradients(round_: int) -> dict[str, Tensor]:
-    """Return gradients made of exact numbers, the same on every machine."""
+    """Return gradients of exact numbers, which are the same on every machine."""
     matrix = torch.tensor([[(7 * i + 3 * j * j) % 17 - 8 for j in range(9)] for i in range(6)])
     vector = torch.tensor([(5 * i * i) % 13 - 6 for i in range(20)])
     grads = {
@@ -56,7 +56,7 @@ def gradients(round_: int) -> dict[str, Tensor]:
 
 
 def record(text: str, setattr_: Callable[..., Any] = setattr) -> dict[str, Any]:
-    """Return five rounds' messages and what they decode to, with fixed identifiers."""
+    """Return the messages of five rounds, with fixed identifiers, and the decoded tensors."""
     compressor = parse_compressor(text)
     sender, receiver = Sender(compressor), Receiver(compressor, gradients(0))
     identifiers = iter(range(0x1122334455667788, 0x1122334455667799))
@@ -75,12 +75,12 @@ def record(text: str, setattr_: Callable[..., Any] = setattr) -> dict[str, Any]:
 
 
 def positions(n: int, step: int) -> list[int]:
-    """Return positions whose gaps grow, so that blocks take different parameters."""
+    """Return positions with growing gaps, so that blocks have different parameters."""
     return sorted({(i * i * step // 7) % n for i in range(300)})
 
 
 def record_indices(n: int, step: int) -> dict[str, Any]:
-    """Return a section of indices and the arguments of its `positions`."""
+    """Return a section of indices, and the arguments of `positions` for it."""
     section = encode_indices(torch.tensor(positions(n, step)), n)
     return {"n": n, "step": step, "section": bytes(section.tolist()).hex()}
 

@@ -1,4 +1,4 @@
-"""Gradients to test with: of a real training run, and of awkward shapes and values."""
+"""Gradients for tests: those of a training run, and tensors of unusual shapes and values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Gradients = dict[str, Tensor]
 
 @functools.cache
 def training_run(rounds: int = 100, batch: int | None = None) -> list[Gradients]:
-    """Return the gradients of a network (64-32-10) that learns scikit-learn's digits.
+    """Return the gradients of a network (64-32-10) that is trained on scikit-learn's digits.
 
-    One full-batch step a round, or one of `batch` images; momentum 0.9.
+    A round is one step on all images, or on `batch` of them, with momentum 0.9.
     """
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
@@ -48,7 +48,7 @@ def training_run(rounds: int = 100, batch: int | None = None) -> list[Gradients]
 
 
 def awkward_shapes(dtype: torch.dtype, seed: int) -> Gradients:
-    """Return tensors of every shape that the contract names."""
+    """Return tensors of every shape in the contract."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["assert_same_bits", "check_laws", "check_repr"]
 
 
 def assert_same_bits(a: Any, b: Any) -> None:
-    """Compare nested states or tensors bit for bit, shape and dtype included."""
+    """Check that nested states or tensors have the same bits, shapes and dtypes."""
     if isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -39,6 +39,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
 
 
 def saved_and_loaded(state: Any) -> Any:
+    """Return a state after `torch.save` and `torch.load`."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -53,7 +54,7 @@ def classes_of(compressor: Any) -> set[type]:
 
 
 def check_repr(compressor: Compressor, names: Mapping[str, Any] | None = None) -> None:
-    """The repr of a compressor builds it, also with `parse_compressor`."""
+    """Check that the repr of a compressor builds it, also with `parse_compressor`."""
     classes = classes_of(compressor)
     namespace = {one.__name__: one for one in classes} | dict(names or {})
     assert eval(repr(compressor), namespace) == compressor
@@ -96,7 +97,7 @@ def check_laws(
 
 
 def check_properties(compressor: Compressor) -> None:
-    """What the properties say agrees with the kinds of payload and with `finish`."""
+    """Check that the properties agree with the kinds of payload and with `finish`."""
     with_state = any(kind & (Kind.USES | Kind.SETS) for kind in compressor.kinds)
     assert compressor.receiver_has_state == with_state, "receiver_has_state does not fit `kinds`"
     mean = torch.tensor([0.25, -3.0, 0.0])
@@ -106,7 +107,7 @@ def check_properties(compressor: Compressor) -> None:
 
 
 def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
-    """The laws of `compress`, `decompress` and `accumulate`, tensor by tensor."""
+    """Check the laws of `compress`, `decompress` and `accumulate`, tensor by tensor."""
     names = list(run[0])
     senders = {n: compressor.initial_state(seed) for seed, n in enumerate(names)}
     receivers: dict[str, Any] = {n: {} for n in names}
@@ -123,7 +124,7 @@ def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -
             assert payload.dtype == torch.uint8
             assert payload.dim() == 1
             assert (decoded.shape, decoded.dtype) == (grad.shape, grad.dtype)
-            # Alone and in a batch, and so again and on other memory, the results are the same.
+            # The results are the same alone and in a batch, a second time, and on other memory.
             expected = copied((payload, decoded, new))
             assert_same_bits(from_batch, expected)
             size = payload.numel()
@@ -150,7 +151,7 @@ def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -
 
 
 def check_empty_states(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
-    """A sender may begin with an empty state."""
+    """Check that a sender may begin with an empty state."""
     senders: dict[str, Any] = {name: {} for name in run[0]}
     receivers: dict[str, Any] = {name: {} for name in run[0]}
     for grads in run[:3]:
@@ -161,7 +162,7 @@ def check_empty_states(compressor: Compressor, run: Sequence[Mapping[str, Tensor
 
 
 def check_truncations(compressor: Compressor, payload: Tensor, state: Any, like: Tensor) -> None:
-    """A payload that is cut off, or goes on, never decodes to another shape."""
+    """Check that a payload that is cut off or extended does not decode to another shape."""
     before = copied(state)
     for wrong in (payload[:0], payload[:1], payload[:-1], torch.cat([payload, payload[:1]])):
         try:
@@ -174,7 +175,7 @@ def check_truncations(compressor: Compressor, payload: Tensor, state: Any, like:
 
 
 def check_ends(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
-    """`Sender` and `Receiver` agree, and go on after being saved and loaded."""
+    """Check that `Sender` and `Receiver` agree, also after they were saved and loaded."""
     sender, receiver = Sender(compressor, seed=1), Receiver(compressor, like=run[0])
     compact = Sender(compressor, seed=1, compact=True)
     for number, grads in enumerate(run):

@@ -1,4 +1,4 @@
-"""What each compressor sends and what arrives."""
+"""The payloads and decoded tensors of each compressor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sender and Receiver: sizes, reports, states, digests, and what happens to bad input."""
+"""Sender and Receiver: sizes, reports, states, digests, and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_signs_take_at_most_an_eighth_of_a_byte_and_16_a_tensor(n, compressor):
     assert Sender(compressor).compress({"x": torch.ones(n)}).numel() - 16 <= n / 8 + 16
 
 
-def test_report_says_what_became_of_each_tensor():
+def test_report_has_the_decision_the_phase_error_and_the_bytes_of_each_tensor():
     sender = Sender(LBGM(delta=0.2))
     assert sender.report() == {}
     first, second = gradients(0), gradients(1)
@@ -59,7 +59,7 @@ def test_report_says_what_became_of_each_tensor():
     assert report["a"].phase_error == pytest.approx(0, abs=1e-6)
     cosine = torch.nn.functional.cosine_similarity(first["b"], second["b"], dim=0).item()
     assert report["b"].phase_error == pytest.approx(1 - cosine**2, abs=1e-5)
-    # The message's 16 bytes and the 8 of the new look-back gradient's identifier are nobody's.
+    # The 16 bytes of the header and the 8 of the identifier belong to no tensor.
     assert sum(r.bytes for r in report.values()) == message.numel() - 24
 
 
@@ -100,7 +100,7 @@ def test_senders_are_told_apart_and_dropped():
     receiver.decompress(7, senders[7].compress(gradients(1)))
 
 
-def test_message_of_one_sender_is_not_taken_for_another_ones():
+def test_message_of_one_sender_is_not_accepted_from_another():
     receiver = Receiver(LBGM(), gradients())
     one, other = Sender(LBGM()), Sender(LBGM())
     receiver.decompress("one", one.compress(gradients(0)))
@@ -164,7 +164,7 @@ def test_failed_accumulate_changes_nothing():
     receiver.decompress(0, sender.compress(gradients()))
     into = {name: torch.zeros_like(g) for name, g in gradients().items()}
     message = sender.compress(gradients(1))
-    # The indices of the tensor that comes last but one are damaged: "a" alone could be added.
+    # The indices of the last tensor but one are damaged: only "a" could be added.
     message[-8:] = 255
     held = copy.deepcopy(receiver.state_dict())
     with pytest.raises(PayloadError, match=r"tensor '[bc]'"):
@@ -283,7 +283,7 @@ def test_inf_on_one_tensor_leaves_the_others_compressed():
     assert sender.compress(gradients()).numel() == 31
 
 
-def test_compact_sender_keeps_what_it_looks_back_at_as_compressed_as_its_receiver():
+def test_compact_sender_keeps_look_back_gradients_as_compressed_as_its_receiver():
     grads = {"weight": torch.randn(300, 100), "bias": torch.randn(100)}
     compressor = LBGM(TopK(0.01))
     sender, receiver = Sender(compressor, compact=True), Receiver(compressor, like=grads)
@@ -309,7 +309,7 @@ def test_compact_sender_forgets_what_its_receiver_does_not_hold(how):
     message = sender.compress(grads, receiver.digest("worker") if how == "peer" else None)
     assert message.numel() > 4 * 300
     receiver.decompress("worker", message)
-    # A round that is sent raw does not bring back what was forgotten.
+    # An uncompressed round does not bring back a look-back gradient that was dropped.
     sender.reset()
     receiver.decompress("worker", sender.compress({"weight": torch.full((30, 10), torch.inf)}))
     receiver.decompress("worker", sender.compress(grads))

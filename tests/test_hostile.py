@@ -1,4 +1,4 @@
-"""Bytes that no sender made."""
+"""Damaged and forged messages and payloads."""
 
 from __future__ import annotations
 
@@ -13,34 +13,18 @@ from hypothesis import strategies as st
 from lbgm_compress import (
     LBGM,
     Atomo,
-    ErrorFeedback,
-    Identity,
     LookBackSubspace,
     OutOfSyncError,
     PayloadError,
     Receiver,
     Sender,
-    SignSGD,
     TopK,
 )
+from lbgm_compress.wire.message import Kind
+from tests.compressors import COMPRESSORS
 from tests.laws import assert_same_bits
+from tests.soak import length
 
-COMPRESSORS = [
-    Identity(),
-    TopK(0.05),
-    TopK(0.3, values="int8"),
-    SignSGD(scaled=True),
-    Atomo(2),
-    LBGM(),
-    LBGM(TopK(0.05)),
-    LBGM(TopK(0.4, values="float16")),
-    LBGM(SignSGD()),
-    ErrorFeedback(LBGM(Atomo(2, unbiased=True))),
-    LookBackSubspace(3, 0.5, refresh=2, values="float32"),
-    LookBackSubspace(4, 0.9, values="int4", directions="int2"),
-    LookBackSubspace(2, 0.3, view="flat", values="float16"),
-]
-STRINGS = 10_000  # for each of the compressors
 SHAPES = {"matrix": (40, 50), "half": (300,), "scalar": (), "empty": (0, 3)}
 
 
@@ -51,12 +35,12 @@ def gradients(rng, scale=1.0):
     return {name: grad * scale for name, grad in grads.items()}
 
 
-def mutated(rng, message, others):
-    """Return a message that something happened to."""
+def mutated(rng, message, others, head_size):
+    """Return a damaged message."""
     data = bytearray(message)
     for _ in range(rng.choice((1, 1, 2, 5))):
         where = rng.randrange(len(data) or 1)
-        # Most of what can be wrong stands in the first bytes of a section.
+        # Most fields that can be wrong are in the first bytes of a section.
         where = min(where, rng.randrange(64)) if rng.random() < 0.5 else where
         what = rng.randrange(8)
         if what == 0:
@@ -76,9 +60,8 @@ def mutated(rng, message, others):
             where = min(where, len(data) - 1)
             data[where] ^= 1 << rng.randrange(8)
     if rng.random() < 0.5 and len(data) >= 8:
-        # With the right size in the header, the rest is looked at.
-        heads = 16 + 5 * len(SHAPES) if message[16] > 3 else 16 + len(SHAPES)
-        data[3:8] = max(0, len(data) - heads).to_bytes(5, "little")
+        # With the right size in the header, the receiver reads the rest.
+        data[3:8] = max(0, len(data) - head_size).to_bytes(5, "little")
     return bytes(data)
 
 
@@ -88,7 +71,14 @@ def tensor_of(data):
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-def test_any_bytes_give_tensors_of_the_right_shape_or_an_error_and_change_nothing(compressor):
+@pytest.mark.parametrize(
+    "strings",
+    [500, pytest.param(length(10_000, 2_000), marks=pytest.mark.soak)],
+    ids=["few", "many"],
+)
+def test_any_bytes_give_tensors_of_the_right_shape_or_an_error_and_change_nothing(
+    compressor, strings
+):
     rng = random.Random(repr(compressor))
     grads = gradients(rng)
     sender, receiver = Sender(compressor), Receiver(compressor, grads)
@@ -96,7 +86,7 @@ def test_any_bytes_give_tensors_of_the_right_shape_or_an_error_and_change_nothin
     messages = []
     accepted = refused = 0
     peak = None
-    for number in range(STRINGS):
+    for number in range(strings):
         if number % 50 == 0:
             # The next good message decodes exactly, whatever came before it.
             if rng.random() < 0.5:
@@ -107,12 +97,13 @@ def test_any_bytes_give_tensors_of_the_right_shape_or_an_error_and_change_nothin
             )
             messages.append(bytes(message.tolist()))
             before = receiver.state_dict()
-        if number == 500:
+        if number == strings // 4:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if number % 10 == 0:
             data = rng.randbytes(rng.randrange(200))
         else:
-            data = mutated(rng, rng.choice(messages[-20:]), messages[-20:])
+            message = rng.choice(messages[-20:])
+            data = mutated(rng, message, messages[-20:], receiver.head_size())
         try:
             decoded = receiver.decompress("worker", tensor_of(data))
         except PayloadError:
@@ -123,14 +114,14 @@ def test_any_bytes_give_tensors_of_the_right_shape_or_an_error_and_change_nothin
             for name, grad in grads.items():
                 assert (decoded[name].shape, decoded[name].dtype) == (grad.shape, grad.dtype)
             receiver.load_state_dict(before)
-    assert refused > STRINGS / 3
+    assert refused > strings / 3
     assert accepted > 0
-    # In kilobytes: nothing like what a forged size could ask for.
+    # In kilobytes. A forged size could ask for much more.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000
 
 
 def same_objects(a, b):
-    """Compare nested dicts, tensors by identity."""
+    """Return whether nested dicts are equal and hold the same tensor objects."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_objects(a[key], b[key]) for key in a)
     return a is b or (not isinstance(a, torch.Tensor) and a == b)
@@ -140,10 +131,11 @@ def test_an_out_of_sync_error_is_a_payload_error():
     assert issubclass(OutOfSyncError, PayloadError)
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-@settings(max_examples=300, deadline=None)
-@given(kind=st.integers(0, 255), body=st.binary(max_size=300))
-def test_any_payload_gives_a_tensor_of_the_right_shape_or_an_error(compressor, kind, body):
+def check_payload(compressor, data):
+    """Check that a payload gives a tensor of the right shape or an error."""
+    kinds = st.sampled_from(sorted({*map(int, compressor.kinds), Kind.RAW | Kind.BODY}))
+    kind = data.draw(st.one_of(kinds, st.integers(0, 255)))
+    body = data.draw(st.binary(max_size=300))
     like = torch.empty(9, 12)
     head = bytes([kind]) + bytes(compressor.head_size(like) - 1)
     for payload in (tensor_of(head + body), tensor_of(bytes([kind]) + body)):
@@ -152,6 +144,21 @@ def test_any_payload_gives_a_tensor_of_the_right_shape_or_an_error(compressor, k
         except PayloadError:
             continue
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_payload_gives_a_tensor_of_the_right_shape_or_an_error(compressor, data):
+    check_payload(compressor, data)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@settings(max_examples=length(1000, 300), deadline=None)
+@given(data=st.data())
+def test_many_payloads_give_a_tensor_of_the_right_shape_or_an_error(compressor, data):
+    check_payload(compressor, data)
 
 
 @pytest.mark.parametrize(

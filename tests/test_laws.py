@@ -1,4 +1,4 @@
-"""Every law for every compressor and composition, on random and on real gradients."""
+"""The laws for every compressor and composition, on random gradients and those of a training."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from lbgm_compress.wire.values import as_bytes
 from tests.compressors import COMPRESSORS
 from tests.gradients import awkward_shapes, training_run
 from tests.laws import assert_same_bits, check_laws
+from tests.soak import length
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -35,7 +36,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 def test_laws_hold_on_random_gradients_of_every_shape(compressor, dtype):
     base = awkward_shapes(dtype, seed=0)
     run = []
-    for number in range(4):
+    for number in range(2):
         noise = awkward_shapes(dtype, seed=number + 1)
         run.append({name: base[name] + 0.3 * noise[name] for name in base})
     run.append({name: -0.5 * grad for name, grad in run[-1].items()})
@@ -45,26 +46,28 @@ def test_laws_hold_on_random_gradients_of_every_shape(compressor, dtype):
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-def test_laws_hold_on_gradients_of_a_training_run(compressor):
-    check_laws(compressor, training_run(30))
+@pytest.mark.parametrize(
+    "rounds", [14, pytest.param(length(100, 30), marks=pytest.mark.soak)], ids=["short", "long"]
+)
+def test_laws_hold_on_gradients_of_a_training_run(compressor, rounds):
+    check_laws(compressor, training_run(rounds))
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_non_finite_gradient_arrives_as_it_is_and_changes_no_state(compressor, dtype, value):
+def test_non_finite_gradient_arrives_as_it_is_and_changes_no_state(compressor, dtype):
     grad = torch.linspace(-1, 1, 600).reshape(30, 20).to(dtype)
-    _, _, state = compressor.compress(grad, compressor.initial_state(0))
-    payload, _, _ = compressor.compress(grad, compressor.initial_state(0))
+    payload, _, state = compressor.compress(grad, compressor.initial_state(0))
     _, held = compressor.decompress(payload, {}, grad)
-    broken = grad.clone()
-    broken[3, 5] = value
-    payload, decoded, after = compressor.compress(broken, state)
-    assert_same_bits(decoded, broken)
-    tensor, held_after = compressor.decompress(payload, held, grad)
-    assert_same_bits(tensor, broken)
-    assert_same_bits(held_after, held)
-    assert_same_bits(after, state)
+    for value in (float("inf"), float("-inf"), float("nan")):
+        broken = grad.clone()
+        broken[3, 5] = value
+        payload, decoded, after = compressor.compress(broken, state)
+        assert_same_bits(decoded, broken)
+        tensor, held_after = compressor.decompress(payload, held, grad)
+        assert_same_bits(tensor, broken)
+        assert_same_bits(held_after, held)
+        assert_same_bits(after, state)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
@@ -74,10 +77,8 @@ def test_non_finite_first_gradient_sets_nothing(compressor):
     assert_same_bits(state, initial)
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, data):
+def check_magnitudes(compressor: Compressor, data: st.DataObject) -> None:
+    """Check that finite gradients of any magnitude decode to finite tensors."""
     shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=12))
     dtype = data.draw(st.sampled_from(["float32", "float64", "float16"]))
     elements = st.floats(allow_nan=False, allow_infinity=False, width=int(dtype[5:]))
@@ -89,6 +90,21 @@ def test_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, 
         tensor, receiver = compressor.decompress(payload, receiver, grad)
         assert_same_bits(tensor, decoded)
         assert bool(tensor.isfinite().all())
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, data):
+    check_magnitudes(compressor, data)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@settings(max_examples=length(400, 60), deadline=None)
+@given(data=st.data())
+def test_many_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, data):
+    check_magnitudes(compressor, data)
 
 
 def test_a_receiver_that_looks_back_cannot_be_inside_lbgm():
@@ -104,7 +120,7 @@ def test_a_receiver_that_looks_back_cannot_be_inside_lbgm():
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AlternatingSigns(Compressor):
-    """Sends every second gradient negated; both ends count the rounds to know which."""
+    """Sends every second gradient negated; both ends count the rounds."""
 
     announced: bool = False
 

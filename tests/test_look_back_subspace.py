@@ -1,4 +1,4 @@
-"""Look-back subspaces against exact linear algebra, against LBGM, and where both could go wrong."""
+"""Look-back subspaces against exact linear algebra and LBGM, and difficult cases."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_sends_nothing_for_directions_that_the_matrix_does_not_have():
     payload, decoded, state = LookBackSubspace(4, values="float32").compress(grad, {})
     assert state["directions"].shape == (2, 200)
     assert missed(grad, decoded) < 1e-10
-    # What is missing is added when it turns up, and not before.
+    # A direction is added when the matrix has it, and not before.
     payload, decoded, state = LookBackSubspace(4, 0.5, values="float32").compress(grad, state)
     assert kind(payload) == RECYCLED
     more = grad + 5 * low_rank(30, 50, 1, seed=5)
@@ -115,7 +115,7 @@ def test_sends_nothing_for_directions_that_the_matrix_does_not_have():
 
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_a_refresh_is_as_good_as_the_singular_vectors_of_what_is_missed(refresh):
-    """Over a run of slowly turning matrices with noise."""
+    """The matrices turn slowly and have noise; the comparison is with an exact decomposition."""
     compressor = LookBackSubspace(4, 0.0, refresh=refresh, values="float32")
     state, left = {}, normal(60, 6)
     right, turn = normal(6, 120, seed=1), normal(6, 120, seed=2)
@@ -160,7 +160,7 @@ def test_coefficients_are_those_of_least_squares_on_the_decoded_directions():
     payload, decoded, after = compressor.compress(grad, state)
     assert kind(payload) == RECYCLED
     assert_same_bits(after["directions"], state["directions"])
-    # The directions as receivers know them, from a payload that carries nothing else.
+    # The directions as receivers decode them, from a payload of coefficients alone.
     span = torch.linalg.svd(decoded.double(), full_matrices=False)
     basis = span.Vh[1e-4 * span.S[0] < span.S]
     assert len(basis) == 4
@@ -184,7 +184,7 @@ def test_two_directions_that_are_almost_parallel_do_no_harm():
 
 
 def test_bad_starts_do_not_stop_a_refresh():
-    """Directions and spare ones that have nothing in common with any later matrix."""
+    """All directions that a sender holds are orthogonal to the later matrices."""
     for values in ("float32", "int2"):
         compressor = ErrorFeedback(LookBackSubspace(2, 0.9, values=values))
         state = {}

@@ -1,4 +1,4 @@
-"""Messages that are lost, repeated or reordered, and ends that are restarted."""
+"""Lost, repeated and reordered messages, and ends that are restarted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from lbgm_compress import (
     OutOfSyncError,
     Receiver,
     Sender,
+    SignSGD,
     TopK,
 )
 from lbgm_compress.wire.message import HEADER_SIZE, Kind
+from tests.compressors import WITH_RECEIVER_STATE
 from tests.laws import assert_same_bits
+from tests.soak import length
 
 SHAPES = {"a": (6, 8), "b": (20,)}
 
 
 class Worker:
-    """A sender and, beside it, what each of its messages stands for.
+    """A sender, and the tensors that each of its messages must decode to.
 
-    Every gradient is drawn anew, so that two look-back gradients never have the same elements.
+    Every gradient is drawn anew, so that no two look-back gradients have the same elements.
     """
 
     def __init__(self, compressor, rng):
@@ -67,7 +70,7 @@ class Worker:
 
 
 class SubspaceWorker(Worker):
-    """A sender of `LookBackSubspace`, whose directions are looked up in its state."""
+    """A sender of `LookBackSubspace`, whose directions are read from its state."""
 
     def directions(self, name):
         state = self.sender.state_dict()["tensors"].get(name, {}).get("state", {})
@@ -98,9 +101,9 @@ class Sent:
 
 
 def deliver(receiver, sent, held):
-    """Decode one message; `held` is what a receiver must hold, computed without its code.
+    """Decode one message, and return True unless it was refused.
 
-    Returns whether it was decoded.
+    `held` is what the receiver must hold, computed without its code.
     """
     fits = all(
         sent.needs[name] is None
@@ -133,9 +136,11 @@ def deliver(receiver, sent, held):
     ],
     ids=repr,
 )
-def test_no_wrong_gradient_in_rounds_of_losses_and_restarts(compressor, digests):
+@pytest.mark.parametrize(
+    "rounds", [600, pytest.param(length(10_000, 2_000), marks=pytest.mark.soak)]
+)
+def test_no_wrong_gradient_in_rounds_of_losses_and_restarts(compressor, digests, rounds):
     rng = random.Random(1)
-    rounds = 10_000 if isinstance(compressor, LBGM) and digests else 2_000
     worker = (Worker if isinstance(compressor, LBGM) else SubspaceWorker)(compressor, rng)
     receiver = Receiver(compressor, worker.direction)
     held, waiting, seen = {}, [], Counter()
@@ -178,7 +183,7 @@ def test_no_wrong_gradient_in_rounds_of_losses_and_restarts(compressor, digests)
             decoded = deliver(receiver, sent, held)
             seen["decoded" if decoded else "refused"] += 1
             if digests:
-                # Whatever happened before, the next message that arrives in time is understood.
+                # After any event, the next message that arrives in time can be decoded.
                 assert decoded
             elif not decoded:
                 worker.sender.reset()
@@ -201,3 +206,91 @@ def test_no_wrong_gradient_in_rounds_of_losses_and_restarts(compressor, digests)
     for what in ("lost", "reordered", "repeated", "decoded", "recycled"):
         assert seen[what] >= rounds / 20, seen
     assert isinstance(compressor, LBGM) or seen["replaced"] >= rounds / 20, seen
+
+
+class AnySender:
+    """A sender of any compressor, and the look-back gradient that each message needs and sets.
+
+    A look-back gradient is its identifier and the state that its receiver holds, which a compact
+    sender keeps.
+    """
+
+    def __init__(self, compressor, rng):
+        self.sender = Sender(compressor, compact=True)
+        self.generator = torch.Generator().manual_seed(rng.randrange(2**31))
+        self.direction = self.draw()
+
+    def draw(self):
+        return {
+            name: torch.randn(shape, generator=self.generator) for name, shape in SHAPES.items()
+        }
+
+    def held(self):
+        tensors = self.sender.state_dict()["tensors"]
+        return {name: (entry["id"], entry["held"]) for name, entry in tensors.items()}
+
+    def send(self, rng, peer):
+        for name, fresh in self.draw().items():
+            if rng.random() < 0.3:
+                self.direction[name] = fresh
+        grads = {name: rng.uniform(-2, 2) * grad for name, grad in self.direction.items()}
+        before = self.held()
+        message, decoded = self.sender.encode(grads, peer=peer)
+        after = self.held()
+        size = HEADER_SIZE
+        needs, sets = {}, {}
+        for name in sorted(grads):
+            kind = int(message[size])
+            size += self.sender.compressor.head_size(grads[name])
+            if kind & Kind.USES:
+                needs[name] = before[name]
+            if kind & Kind.SETS:
+                sets[name] = after[name]
+        return message, {name: d.dense().clone() for name, d in decoded.items()}, needs, sets
+
+
+@pytest.mark.parametrize("compressor", WITH_RECEIVER_STATE, ids=repr)
+@pytest.mark.parametrize("rounds", [60, pytest.param(length(2_000, 300), marks=pytest.mark.soak)])
+def test_message_is_decoded_just_where_the_receiver_holds_what_it_needs(compressor, rounds):
+    rng = random.Random(repr(compressor))
+    worker = AnySender(compressor, rng)
+    receiver, held = Receiver(compressor, worker.direction), {}
+    checkpoints, waiting, seen = [worker.sender.state_dict()], [], Counter()
+    for _ in range(rounds):
+        event = rng.random()
+        if event < 0.05:
+            worker.sender.load_state_dict(rng.choice(checkpoints))
+        elif event < 0.1:
+            receiver.drop("worker")
+            held = {}
+        elif event < 0.3:
+            checkpoints = [*checkpoints[-4:], worker.sender.state_dict()]
+        peer = receiver.digest("worker") if rng.random() < 0.5 else None
+        waiting.append(worker.send(rng, peer))
+        if rng.random() < 0.2:
+            continue
+        # Usually the last message arrives, sometimes an older one, which may have come before.
+        waiting = waiting[-4:]
+        late = rng.random() < 0.3
+        message, expected, needs, sets = rng.choice(waiting) if late else waiting[-1]
+        fits = all(name in held and held[name][0] == needs[name][0] for name in needs)
+        before = receiver.state_dict()
+        try:
+            decoded = receiver.decompress("worker", message)
+        except OutOfSyncError:
+            seen["refused"] += 1
+            assert not fits, "refused although it held what the message needs"
+            assert_same_bits(receiver.state_dict(), before)
+            continue
+        assert fits, "decoded although it did not hold what the message needs"
+        seen["decoded"] += 1
+        seen["needed"] += bool(needs)
+        for name, tensor in decoded.items():
+            assert_same_bits(tensor, expected[name])
+        held.update(sets)
+        for name, entry in receiver.state_dict()["senders"].get("worker", {}).items():
+            assert_same_bits((entry["id"], entry["state"]), held[name])
+    assert seen["decoded"] > rounds / 3
+    if compressor in (LBGM(delta=1.0), LBGM(SignSGD(scaled=True), 0.6), LookBackSubspace()):
+        assert seen["needed"] > 0
+        assert seen["refused"] > 0

@@ -1,4 +1,4 @@
-"""The bytes: sizes, round trips, refusals, and the format of version 1 for good."""
+"""The wire format: sizes, round trips, errors, and version 1, which must decode for good."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_messages_of_version_1_are_still_made(case, monkeypatch):
     if not any(name in case["compressor"] for name in ("Atomo", "LookBackSubspace", "int2")):
         assert [r["message"] for r in made["rounds"]] == [r["message"] for r in case["rounds"]]
         return
-    # The last bits of matrix products and of means are the processor's, as are the signs of
-    # singular vectors, and so may be a code that stands between two.
+    # The last bits of matrix products and of means depend on the processor, and so do the signs of
+    # singular vectors and codes of values half-way between two integers.
     for ours, recorded in zip(made["rounds"], case["rounds"], strict=True):
         assert len(ours["message"]) == len(recorded["message"])
         for name, expected in recorded["decoded"].items():
