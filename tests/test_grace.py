@@ -214,7 +214,7 @@ def test_hostile_payloads_of_graces_compressors_do_no_harm(compressor):
     held = receiver.state_dict()
     decoded = 0
     for _ in range(600):
-        data = mutated(rng, rng.choice(messages), messages)
+        data = mutated(rng, rng.choice(messages), messages, receiver.head_size())
         message = torch.tensor(list(data), dtype=torch.uint8)
         before = receiver.state_dict()
         try:
