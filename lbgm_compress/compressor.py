@@ -2,8 +2,8 @@
 
 A compressor is a frozen dataclass of hyper-parameters. It keeps no state, draws from no global
 random generator, does not communicate and knows no engine. A state is a nested dict of tensors and
-numbers that is passed in and returned. Sender and receiver have separate states; a receiver knows
-of the sender's only what the payloads carry.
+numbers that is passed in and returned. Sender and receiver have separate states, and share only
+what the payloads carry.
 
 To write a compressor, implement `encode` and `decode`. The public methods are made of them. A
 payload is a head of `head_size` bytes, whose first byte is its kind (flags of
@@ -31,8 +31,8 @@ Rules for `encode` and `decode`:
 
 The laws, for every compressor and every composition (`tests.laws.check_laws` checks them):
 
-1. What a receiver decodes equals `decoded`, bit for bit on one device, in every round of a run.
-   So it does through `Sender.encode` and `Receiver`.
+1. A receiver decodes `decoded`, bit for bit on one device, in every round of a run; also through
+   `Sender.encode` and `Receiver`.
 2. `compress` and `decompress` are pure: same input, same state, same output; neither the gradient
    nor the state that went in is modified.
 3. ``eval(repr(c)) == c``.
@@ -86,7 +86,7 @@ class Encoding(NamedTuple):
     body: Callable[[], Tensor] | None
     """Returns the rest of the payload (flat uint8); call it while the gradient is unchanged."""
     decoded: Decoded
-    """What a receiver reconstructs; it may share memory with the gradient."""
+    """The tensor that a receiver reconstructs; it may share memory with the gradient."""
     state: State
     """The sender's state after this round."""
     phase_error: float | None = None
@@ -145,7 +145,7 @@ class Compressor(abc.ABC):
         grad
             The gradient, of any shape; float32, float16, bfloat16 or float64. Not modified.
         state
-            What the last round returned, or `initial_state` in the first.
+            The state that the last round returned, or `initial_state` in the first.
 
         Returns
         -------
@@ -186,7 +186,7 @@ class Compressor(abc.ABC):
         payload
             Flat uint8 tensor, as `compress` returned it.
         state
-            The receiver's state: what the last round returned, or ``{}`` in the first.
+            The receiver's state that the last round returned, or ``{}`` in the first.
         like
             A tensor with the shape, dtype and device of the result; its values do not matter.
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from lbgm_compress._util.checks import check_whole
 from lbgm_compress._util.ends import (
     STATE_FORMAT,
-    Layouts,
+    check_entry,
     check_state,
     check_targets,
     check_unchanged,
+    copied,
     identifiers_of,
     sorted_names,
     tensor_bytes,
@@ -37,6 +38,7 @@ from lbgm_compress.wire.message import (
     HEADER_SIZE,
     Kind,
     Message,
+    layout_hash,
     look_back_check,
     recycles,
 )
@@ -96,7 +98,7 @@ class Sender:
         self.seed = seed
         self.compact = compact
         self._tensors: dict[str, dict[str, Any]] = {}
-        self._layouts = Layouts(repr(compressor))
+        self._layouts: dict[tuple[str, ...], int] = {}
         self._report: dict[str, TensorReport] = {}
 
     def compress(self, grads: Mapping[str, Tensor], peer: Tensor | None = None) -> Tensor:
@@ -146,7 +148,9 @@ class Sender:
         if peer is not None:
             for part, identifier in zip(parts, identifiers_of(peer, len(parts)), strict=True):
                 if part.identifier != identifier:
-                    part.forget(self.compressor)
+                    # The receiver holds something else: the tensor is sent in full.
+                    part.state, part.identifier = self.compressor.forget(part.state), 0
+                    part.held = {}
 
         encodings = self.compressor.encode_batch([p.grad for p in parts], [p.state for p in parts])
         bodies = [None if encoding.body is None else encoding.body() for encoding in encodings]
@@ -154,7 +158,8 @@ class Sender:
             part.identifier if encoding.head[0] & USES else 0
             for part, encoding in zip(parts, encodings, strict=True)
         ]
-        layout = self._layouts.of({part.name: part.grad for part in parts})
+        tensors = {part.name: part.grad for part in parts}
+        layout = _layout(self._layouts, self.compressor, tensors)
         identifier = secrets.randbits(64) or 1
         heads = [encoding.head for encoding in encodings]
         message = Message(layout, look_back_check(used), identifier, heads, bodies)
@@ -238,7 +243,7 @@ class Sender:
             "format": STATE_FORMAT,
             "compressor": repr(self.compressor),
             "seed": self.seed,
-            "tensors": {name: dict(entry) for name, entry in self._tensors.items()},
+            "tensors": copied(self._tensors),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,14 +258,11 @@ class Sender:
         check_state(state, repr(self.compressor), ("seed", "tensors"))
         parts = {"own", "held"} if self.compact else {"state"}
         for name, entry in state["tensors"].items():
-            if not isinstance(entry, Mapping) or set(entry) != {"id", "shape", "dtype", *parts}:
-                raise ValueError(
-                    f"the state of tensor {name!r} is not that of a Sender with "
-                    f"compact={self.compact}"
-                )
+            owner = f"a Sender with compact={self.compact}"
+            check_entry(name, entry, {"id", "shape", "dtype", *parts}, owner)
         self.seed = state["seed"]
-        self._tensors = {name: dict(entry) for name, entry in state["tensors"].items()}
-        self._layouts = Layouts(repr(self.compressor))
+        self._tensors = copied(state["tensors"])
+        self._layouts = {}
         self._report = {}
 
     def _seed(self, name: str) -> int:
@@ -282,10 +284,6 @@ class _Part:
     """Identifier of the look-back gradient that the receiver holds; 0 for none."""
     held: State
     """The receiver's state, which a compact sender keeps."""
-
-    def forget(self, compressor: Compressor) -> None:
-        """Drop the look-back gradient."""
-        self.state, self.identifier, self.held = compressor.forget(self.state), 0, {}
 
 
 class Receiver:
@@ -328,7 +326,7 @@ class Receiver:
             # An expanded element has the shape, and takes no memory of the tensor's size.
             element = torch.empty((), dtype=like[name].dtype, device=like[name].device)
             self._like[name] = element.expand(like[name].shape)
-        self._layouts = Layouts(repr(compressor))
+        self._layouts: dict[tuple[str, ...], int] = {}
         self._senders: dict[int | str, dict[str, dict[str, Any]]] = {}
 
     def decompress(
@@ -369,7 +367,7 @@ class Receiver:
 
         After any error the receiver's state is unchanged.
         """
-        decoded, states = self._read(sender_id, message, names)
+        decoded, states = self._read(sender_id, message, self._likes(names))
         tensors = {name: owned(tensor, message) for name, tensor in decoded.items()}
         if check is not None:
             check(tensors)
@@ -391,9 +389,9 @@ class Receiver:
         and the errors are those of `decompress`, and `ValueError` if a tensor of `into` is missing
         or has another shape. After any error `into` is unchanged.
         """
-        names = self._names(names)
-        check_targets(into, self._likes(names))
-        decoded, states = self._read(sender_id, message, names)
+        likes = self._likes(names)
+        check_targets(into, likes)
+        decoded, states = self._read(sender_id, message, likes)
         for name, tensor in decoded.items():
             tensor.add_to(into[name], weight)
         self._commit(sender_id, states)
@@ -412,7 +410,7 @@ class Receiver:
             held. It is the argument `peer` of `Sender.compress`.
         """
         held = self._senders.get(sender_id, {})
-        identifiers = [held[name]["id"] if name in held else 0 for name in self._names(names)]
+        identifiers = [held[name]["id"] if name in held else 0 for name in self._likes(names)]
         data = struct.pack(f"<{len(identifiers)}Q", *identifiers)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -428,11 +426,11 @@ class Receiver:
         PayloadError
             If the bytes are not a message for these tensors.
         """
-        names = self._names(names)
-        parts = self._unpack(message, self._likes(names))
+        likes = self._likes(names)
+        parts = self._unpack(message, likes)
         return {
             name: TensorReport(recycles(head[0]), None, size)
-            for name, head, size in zip(names, parts.heads, parts.sizes(), strict=True)
+            for name, head, size in zip(likes, parts.heads, parts.sizes(), strict=True)
         }
 
     def held_bytes(self, sender_id: int | str) -> int:
@@ -442,8 +440,7 @@ class Receiver:
 
     def head_size(self, names: Iterable[str] | None = None) -> int:
         """Return the size in bytes of the fixed-size head of a message for these tensors."""
-        sizes = (self.compressor.head_size(self._like[name]) for name in self._names(names))
-        return HEADER_SIZE + sum(sizes)
+        return HEADER_SIZE + sum(map(self.compressor.head_size, self._likes(names).values()))
 
     def senders(self) -> list[int | str]:
         """Return the ids of the senders of which this receiver holds look-back gradients."""
@@ -458,10 +455,7 @@ class Receiver:
 
         It survives `torch.save` and ``torch.load(weights_only=True)``.
         """
-        senders = {
-            sender_id: {name: dict(entry) for name, entry in tensors.items()}
-            for sender_id, tensors in self._senders.items()
-        }
+        senders = {sender_id: copied(tensors) for sender_id, tensors in self._senders.items()}
         return {"format": STATE_FORMAT, "compressor": repr(self.compressor), "senders": senders}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -481,29 +475,25 @@ class Receiver:
                         f"the state of sender {sender_id!r} has a tensor {name!r}, "
                         "which this receiver does not know"
                     )
-                if not isinstance(entry, Mapping) or set(entry) != {"id", "state"}:
-                    raise ValueError(f"the state of tensor {name!r} is not that of a Receiver")
+                check_entry(name, entry, {"id", "state"}, "a Receiver")
         self._senders = {
-            sender_id: {name: dict(entry) for name, entry in tensors.items()}
-            for sender_id, tensors in state["senders"].items()
+            sender_id: copied(tensors) for sender_id, tensors in state["senders"].items()
         }
 
-    def _names(self, names: Iterable[str] | None) -> list[str]:
-        if names is None:
-            return list(self._like)
-        chosen = sorted(set(names))
+    def _likes(self, names: Iterable[str] | None) -> dict[str, Tensor]:
+        """Return the tensors with these names, sorted; all of them for None."""
+        chosen = self._like if names is None else sorted(set(names))
         for name in chosen:
             if name not in self._like:
                 raise ValueError(f"this receiver knows no tensor {name!r}")
-        return chosen
+        return {name: self._like[name] for name in chosen}
 
     def _read(
-        self, sender_id: int | str, message: Tensor, names: Iterable[str] | None
+        self, sender_id: int | str, message: Tensor, likes: Mapping[str, Tensor]
     ) -> tuple[dict[str, Decoded], dict[str, dict[str, Any]]]:
         """Return the decoded tensors of a message, and the states that it sets."""
         if not isinstance(sender_id, (int, str)):
             raise TypeError(f"a sender's id is an int or a str, not {type(sender_id).__name__}")
-        likes = self._likes(self._names(names))
         parts = self._unpack(message, likes)
 
         held = self._senders.get(sender_id, {})
@@ -535,16 +525,25 @@ class Receiver:
                 states[name] = {"id": parts.identifier, "state": state}
         return decoded, states
 
-    def _likes(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: self._like[name] for name in names}
-
     def _unpack(self, message: Tensor, likes: Mapping[str, Tensor]) -> Message:
         if not isinstance(message, Tensor) or message.dtype != torch.uint8 or message.dim() != 1:
             raise TypeError("a message is a flat uint8 tensor")
         sizes = [self.compressor.head_size(like) for like in likes.values()]
-        layout = self._layouts.of(likes)
+        layout = _layout(self._layouts, self.compressor, likes)
         return Message.unpack(message.contiguous(), layout, sizes)
 
     def _commit(self, sender_id: int | str, states: dict[str, dict[str, Any]]) -> None:
         if states:
             self._senders.setdefault(sender_id, {}).update(states)
+
+
+def _layout(
+    known: dict[tuple[str, ...], int], compressor: Compressor, tensors: Mapping[str, Tensor]
+) -> int:
+    """Return the hash of the tensors of a message, from `known` if it is there."""
+    # A name keeps its shape and dtype, so that the names identify a layout.
+    names = tuple(tensors)
+    if names not in known:
+        described = ((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        known[names] = layout_hash(repr(compressor), described)
+    return known[names]

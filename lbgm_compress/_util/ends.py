@@ -1,4 +1,4 @@
-"""Helpers of `Sender` and `Receiver`: names, layouts, digests and saved states."""
+"""Helpers of `Sender` and `Receiver`: names, digests and saved states."""
 
 from __future__ import annotations
 
@@ -9,39 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbgm_compress.wire.message import layout_hash
-
 __all__ = [
     "STATE_FORMAT",
-    "Layouts",
+    "check_entry",
     "check_state",
     "check_targets",
     "check_unchanged",
+    "copied",
     "identifiers_of",
     "sorted_names",
     "tensor_bytes",
 ]
 
 STATE_FORMAT = 1
-
-
-class Layouts:
-    """Hashes of lists of tensors, computed once for each list of names.
-
-    A name must keep its shape and dtype.
-    """
-
-    def __init__(self, compressor: str) -> None:
-        self._compressor = compressor
-        self._known: dict[tuple[str, ...], int] = {}
-
-    def of(self, tensors: Mapping[str, Tensor]) -> int:
-        """Return the hash of these tensors in a message."""
-        names = tuple(tensors)
-        if names not in self._known:
-            described = ((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-            self._known[names] = layout_hash(self._compressor, described)
-        return self._known[names]
 
 
 def sorted_names(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -98,6 +78,17 @@ def check_targets(into: Mapping[str, Tensor], likes: Mapping[str, Tensor]) -> No
                 f"the tensor {name!r} to add to has shape {tuple(into[name].shape)}, "
                 f"expected {tuple(like.shape)}"
             )
+
+
+def check_entry(name: str, entry: Any, keys: set[str], owner: str) -> None:
+    """Raise `ValueError` unless what a state holds of a tensor has these keys."""
+    if not isinstance(entry, Mapping) or set(entry) != keys:
+        raise ValueError(f"the state of tensor {name!r} is not that of {owner}")
+
+
+def copied(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return new dicts with the entries of each tensor; what they hold is shared."""
+    return {name: dict(entry) for name, entry in tensors.items()}
 
 
 def tensor_bytes(state: Any) -> int:
