@@ -1,4 +1,4 @@
-"""What pytest leaves alone, and a last line about what a missing engine has skipped."""
+"""Files that pytest does not import, and a last line about skipped tests."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Failed:
-    """What a rank raised."""
+    """An exception that a rank raised."""
 
     def __init__(self, kind: str, message: str, trace: str) -> None:
         self.kind, self.message, self.trace = kind, message, trace

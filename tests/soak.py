@@ -1,4 +1,4 @@
-"""How long the runs of tests marked ``soak`` are."""
+"""Lengths of the runs of tests marked ``soak``."""
 
 from __future__ import annotations
 

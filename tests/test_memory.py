@@ -1,4 +1,4 @@
-"""What the two ends keep between rounds."""
+"""Memory of the two ends between rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package shows to the outside."""
+"""Public names, optional imports, the wheel and the citation."""
 
 from __future__ import annotations
 

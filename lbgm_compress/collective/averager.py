@@ -245,7 +245,7 @@ class Averager:
 
     @property
     def warming_up(self) -> bool:
-        """Whether this step is one of plain all-reduce."""
+        """True if this step is one of plain all-reduce."""
         return self.step < self.start_step
 
     @property
@@ -255,7 +255,7 @@ class Averager:
 
     @property
     def ranks_match(self) -> bool:
-        """Whether these ranks have been compared, so that `verify_ranks_match` is not needed."""
+        """True if these ranks have been compared, so that `verify_ranks_match` is not needed."""
         return self._members == (self.transport.rank, self.transport.size)
 
     def average(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class RoundLog:
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else Path(path)
         self.server_evaluates = False
-        """Whether the server evaluates after the clients do."""
+        """True if the server evaluates after the clients do."""
         self._line: dict[str, Any] | None = None
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

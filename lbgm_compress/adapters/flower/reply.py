@@ -66,7 +66,7 @@ class Part:
     shape: tuple[int, ...]
     dtype: str
     exact: bool
-    """Whether the elements are sent as they are, and not as a compressed update."""
+    """True if the elements are sent as they are, and not as a compressed update."""
 
     @property
     def nbytes(self) -> int:

@@ -44,7 +44,7 @@ class Received:
 
     @property
     def accepted(self) -> bool:
-        """Whether the reply is neither an error nor rejected."""
+        """Return whether the reply is neither an error nor rejected."""
         return self.rejection is None and not self.message.has_error()
 
 

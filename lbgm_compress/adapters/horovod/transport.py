@@ -44,7 +44,7 @@ class HorovodTransport(Transport):
 
     @property
     def included(self) -> bool:
-        """Whether this process belongs to the process set."""
+        """True if this process belongs to the process set."""
         return bool(self.process_set.included())
 
     @property
