@@ -1,7 +1,7 @@
 """Messages and sections of indices of wire version 1, recorded in golden.json.
 
-``python -m tests.golden`` writes the file anew. Use it to add compressors, and keep all messages
-that the file already has: they must decode in every later release.
+``python -m tests.golden`` records the compressors of the list below that the file does not have.
+Messages that it has stay: they must decode in every later release.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ COMPRESSORS = [
     "LookBackSubspace(2, 0.05)",
     "LookBackSubspace(2, 0.05, refresh=2, values='int4', directions='int2')",
 ]
+# Number of elements, and the step of the positions.
+INDICES = [(100_000, 3), (900, 1), (2**33, 999)]
 
 
 def gradients(round_: int) -> dict[str, Tensor]:
@@ -87,8 +89,9 @@ def record_indices(n: int, step: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     path = Path(__file__).parent / "golden.json"
-    recorded = {
-        "messages": [record(text) for text in COMPRESSORS],
-        "indices": [record_indices(n, step) for n, step in ((100_000, 3), (900, 1), (2**33, 999))],
-    }
+    recorded = json.loads(path.read_text())
+    known = {case["compressor"] for case in recorded["messages"]}
+    recorded["messages"] += [record(text) for text in COMPRESSORS if text not in known]
+    sections = {(case["n"], case["step"]) for case in recorded["indices"]}
+    recorded["indices"] += [record_indices(*of) for of in INDICES if of not in sections]
     path.write_text(json.dumps(recorded, indent=1) + "\n")
