@@ -685,8 +685,9 @@ def elastic_job(folder, event):
     command = ["-np", start, "--min-np", "2", "--max-np", "3", "--gloo", "--network-interfaces=lo"]
     command += ["--host-discovery-script", str(script), "--elastic-timeout", "60"]
     job = str(ROOT / "tests" / "elastic_job.py")
-    # Horovod waits so long, 30 s by default, for a worker that was killed.
-    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "10"}
+    # Seconds that Horovod waits for a worker that was killed, by default 30; and milliseconds
+    # between two looks for work, by default 1, which keep two cores busy.
+    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "10", "HOROVOD_CYCLE_TIME": "5"}
     command += [sys.executable, job, str(folder), "150", event]
     done = horovodrun(command, timeout=180, environment=environment)
     return [json.loads(file.read_text()) for file in folder.glob("worker-*")], done.stdout
