@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lbgm_compress import Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
 from tests.gradients import training_run
 
 
@@ -71,6 +71,14 @@ def test_vote_is_the_sign_of_the_average():
     assert SignSGD(vote=True).finish(mean).tolist() == [1, -1, 0]
     assert SignSGD().finish(mean) is mean
     assert ErrorFeedback(SignSGD(vote=True)).finish(mean).tolist() == [1, -1, 0]
+
+
+def test_a_vote_finishes_the_average_also_inside_other_compressors():
+    vote = SignSGD(vote=True)
+    for compressor in (vote, LBGM(vote), ErrorFeedback(LBGM(vote))):
+        assert compressor.finishes_average
+    for compressor in (SignSGD(), LBGM(), ErrorFeedback(TopK(0.1))):
+        assert not compressor.finishes_average
 
 
 @pytest.mark.parametrize("shape", [(64, 200), (200, 64), (16, 8, 5, 5), (400, 700)])

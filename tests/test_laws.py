@@ -23,6 +23,7 @@ from lbgm_compress.compressor import Encoding, dense_from_bytes
 from lbgm_compress.decoded import Scaled
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes
+from lbgm_compress.wrapper import Wrapper
 from tests.compressors import COMPRESSORS
 from tests.gradients import awkward_shapes, training_run
 from tests.laws import assert_same_bits, check_laws
@@ -105,6 +106,21 @@ def test_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, 
 @given(data=st.data())
 def test_many_finite_gradients_of_any_magnitude_decode_to_finite_tensors(compressor, data):
     check_magnitudes(compressor, data)
+
+
+@pytest.mark.parametrize(
+    "inner", [TopK(0.1), LBGM(delta=0.5), ErrorFeedback(LookBackSubspace(2))], ids=repr
+)
+def test_a_wrapper_that_changes_nothing_is_a_compressor_like_its_inner_one(inner):
+    wrapper, run = Wrapper(inner), training_run(6)
+    check_laws(wrapper, run)
+    states = {}, {}
+    for grads in run:
+        grad = grads["hidden.weight"]
+        payload, decoded, mine = wrapper.compress(grad, states[0])
+        expected, tensor, of_inner = inner.compress(grad, states[1])
+        states = mine, of_inner
+        assert_same_bits((payload, decoded), (expected, tensor))
 
 
 def test_a_receiver_that_looks_back_cannot_be_inside_lbgm():

@@ -19,6 +19,8 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
+from lbgm_compress.compressors.lbgm import LookBack
+from lbgm_compress.decoded import Dense
 from tests.gradients import training_run
 
 
@@ -70,6 +72,55 @@ def test_decisions_and_reconstruction_are_those_of_the_paper(delta, inner, batch
             recycled_rounds += recycled
     if batch is None:
         assert recycled_rounds > 0
+
+
+@pytest.mark.parametrize("inner", [Identity(), TopK(0.1), ErrorFeedback(TopK(0.1))], ids=repr)
+@pytest.mark.parametrize("delta", [0.05, 0.5, NormBudget(0.02)])
+def test_public_decisions_make_the_payloads_that_compress_makes(inner, delta):
+    compressor, run = LBGM(inner, delta), training_run(40)
+    names = sorted(run[0])
+    states = [{} for _ in names]
+    inner_states, look_backs = [inner.initial_state(0) for _ in names], [None for _ in names]
+    recycled = 0
+    for grads in run:
+        tensors = [grads[name] for name in names]
+        expected = compressor.encode_batch(tensors, states)
+        states = [encoding.state for encoding in expected]
+        encodings = inner.encode_batch(tensors, inner_states)
+        inner_states = [encoding.state for encoding in encodings]
+        decisions = compressor.decide([encoding.decoded for encoding in encodings], look_backs)
+        for i, (decision, encoding) in enumerate(zip(decisions, encodings, strict=True)):
+            head, body = compressor.pack(decision, encoding, tensors[i].device)
+            assert head == expected[i].head
+            assert decision.phase_error == expected[i].phase_error
+            assert (body is None) == decision.recycled
+            if decision.recycled:
+                recycled += 1
+                applied = (look_backs[i].gradient * decision.rho).add_(0.0)
+                assert torch.equal(applied, expected[i].decoded.dense())
+            else:
+                assert torch.equal(body(), expected[i].body())
+                assert decision.rho == 1
+                gradient = encoding.decoded.dense().clone()
+                look_backs[i] = LookBack(gradient, decision.square_norm)
+    assert 0 < recycled < len(run) * len(names)
+
+
+def test_a_decision_that_holds_at_another_threshold_is_the_one_made_there():
+    deltas = [0.02, 0.1, 0.3, 0.6, 0.95]
+    held = 0
+    for name in training_run(40, 32)[0]:
+        run = [Dense(grads[name]) for grads in training_run(40, 32)]
+        look_back = LookBack(run[0].tensor, float(run[0].tensor.square().sum()))
+        for gradient in run[1:]:
+            made = {d: LBGM(delta=d).decide([gradient], [look_back])[0] for d in deltas}
+            for delta in deltas:
+                for other in deltas:
+                    if made[delta].holds_at(other):
+                        held += 1
+                        assert made[other].recycled == made[delta].recycled
+                        assert made[other].rho == made[delta].rho
+    assert held > 1000
 
 
 def test_the_figures_depend_on_delta():
