@@ -32,7 +32,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lbgm_compress.collective.averager import Average, sum_dtype
+from lbgm_compress.collective.average import Average, sum_dtype
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.transport import ProcessGroupTransport
 from lbgm_compress.compressor import Compressor

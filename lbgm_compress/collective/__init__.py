@@ -1,6 +1,7 @@
 """Averages over ranks, for engines of any kind: transports, averaging, a background thread."""
 
-from lbgm_compress.collective.averager import Average, Averager
+from lbgm_compress.collective.average import Average
+from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.transport import (
     BodyLength,

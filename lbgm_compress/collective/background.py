@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbgm_compress.collective.averager import Average, Averager
+from lbgm_compress.collective.average import Average
+from lbgm_compress.collective.averager import Averager
 
 __all__ = ["BackgroundAverager", "Worker", "ready_event", "stream_after"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lbgm_compress._util.checks import check_number
 from lbgm_compress.adapters.horovod.transport import HorovodTransport
-from lbgm_compress.collective.averager import Average
+from lbgm_compress.collective.average import Average
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.compressor import Compressor
 

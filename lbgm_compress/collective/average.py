@@ -1,0 +1,123 @@
+"""An average of gradients that has begun, and how it is finished."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbgm_compress.collective.transport import Pending
+from lbgm_compress.decoded import Decoded
+from lbgm_compress.endpoints import Receiver
+
+__all__ = ["Average", "CompressedAverage", "DenseAverage", "sum_dtype"]
+
+
+class Average(abc.ABC):
+    """An average whose exchange has begun: see `Averager.begin`."""
+
+    def __init__(
+        self,
+        pending: Pending[Any],
+        grads: Mapping[str, Tensor],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._pending = pending
+        self._grads = grads
+        self._fail = fail
+
+    def ready(self) -> bool:
+        """Return whether the data of all ranks is here, so that `finish` would not wait."""
+        return self._pending.ready()
+
+    def finish(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Wait for the other ranks, and return the averages by name. Call it once.
+
+        Parameters
+        ----------
+        into
+            Tensors by name, with the shapes of the gradients and the dtype that `sum_dtype`
+            returns for theirs, which hold zeros: the sums are taken there. New ones unless given.
+
+        Returns
+        -------
+        dict
+            The averages by name, with the dtypes of the gradients. With `into`, they have its
+            dtypes, and are its tensors or others.
+
+        Raises
+        ------
+        PayloadError
+            If a message cannot be decoded, or another rank has another release of this package.
+        RuntimeError
+            If another rank could not encode its gradients, or cannot be reached.
+        """
+        try:
+            averages = self._finish(into)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        if into is None:
+            return {name: average.to(self._grads[name].dtype) for name, average in averages.items()}
+        return averages
+
+    @abc.abstractmethod
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return the averages in the dtype of the sums or of the gradients."""
+
+
+class DenseAverage(Average):
+    """An average by one all-reduce, whose pending result is all gradients end to end."""
+
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        parts = torch.split(self._pending.result(), [g.numel() for g in self._grads.values()])
+        return {
+            name: part.view(grad.shape).to((into or self._grads)[name].dtype)
+            for (name, grad), part in zip(self._grads.items(), parts, strict=True)
+        }
+
+
+class CompressedAverage(Average):
+    """An average of messages, one of each rank, of which this rank's own is not decoded."""
+
+    def __init__(
+        self,
+        pending: Pending[list[Tensor]],
+        grads: Mapping[str, Tensor],
+        fail: Callable[[BaseException], None],
+        own: Mapping[str, Decoded],
+        receiver: Receiver,
+        shares: Sequence[float],
+        rank: int,
+    ) -> None:
+        super().__init__(pending, grads, fail)
+        self._own = own
+        self._receiver = receiver
+        self._shares = shares
+        self._rank = rank
+
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        messages = self._pending.result()
+        sums = _zeros(self._grads) if into is None else into
+        for rank, (message, share) in enumerate(zip(messages, self._shares, strict=True)):
+            if rank == self._rank:
+                for name, decoded in self._own.items():
+                    decoded.add_to(sums[name], share)
+            else:
+                self._receiver.accumulate(rank, message, sums, share, names=self._grads)
+        return self._receiver.finish({name: sums[name] for name in self._grads})
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of `dtype` are added up: at least float32."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _zeros(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(grad.shape, dtype=sum_dtype(grad.dtype), device=grad.device)
+        for name, grad in grads.items()
+    }
