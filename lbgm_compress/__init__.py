@@ -12,15 +12,17 @@
 """
 
 from lbgm_compress.compressor import Compressor, OutOfSyncError, PayloadError
-from lbgm_compress.compressors.atomo import Atomo
-from lbgm_compress.compressors.error_feedback import ErrorFeedback
-from lbgm_compress.compressors.identity import Identity
-from lbgm_compress.compressors.lbgm import LBGM
-from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
-from lbgm_compress.compressors.norm_budget import NormBudget
+from lbgm_compress.compressors import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    NormBudget,
+    SignSGD,
+    TopK,
+)
 from lbgm_compress.compressors.parse import parse_compressor
-from lbgm_compress.compressors.signsgd import SignSGD
-from lbgm_compress.compressors.topk import TopK
 from lbgm_compress.endpoints import Receiver, Sender
 
 __all__ = [

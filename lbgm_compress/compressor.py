@@ -117,7 +117,7 @@ class Compressor(abc.ABC):
 
     @property
     def fixed_size(self) -> bool:
-        """True if all payloads for a tensor have one size, whatever its values."""
+        """True if all payloads for a tensor have one size, also with inf or nan in it."""
         return False
 
     @property

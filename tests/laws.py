@@ -18,24 +18,28 @@ from lbgm_compress.wire.values import as_bytes
 __all__ = ["assert_same_bits", "check_laws", "check_repr"]
 
 
-def assert_same_bits(a: Any, b: Any) -> None:
-    """Check that nested states or tensors have the same bits, shapes and dtypes."""
+def assert_same_bits(a: Any, b: Any, law: str = "two values are the same") -> None:
+    """Check that nested states or tensors have the same bits, shapes and dtypes.
+
+    `law` says in the error what should be the same.
+    """
     if isinstance(a, Tensor):
-        assert isinstance(b, Tensor)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert isinstance(b, Tensor), f"{law}: found a tensor and {b!r}"
+        kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in (a, b)]
+        assert kinds[0] == kinds[1], f"{law}: found shapes and dtypes {kinds}"
         a, b = (as_bytes(t.contiguous()) for t in (a, b))
-        assert torch.equal(a, b), f"{int((a != b).sum())} bytes of {a.numel()} differ"
+        assert torch.equal(a, b), f"{law}: {int((a != b).sum())} bytes of {a.numel()} differ"
     elif isinstance(a, Mapping):
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys(), f"{law}: found keys {list(a)} and {list(b)}"
         for key in a:
-            assert_same_bits(a[key], b[key])
+            assert_same_bits(a[key], b[key], f"{law} ({key})")
     elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
+        assert len(a) == len(b), f"{law}: found {len(a)} and {len(b)} items"
         for one, other in zip(a, b, strict=True):
-            assert_same_bits(one, other)
+            assert_same_bits(one, other, law)
     else:
-        assert type(a) is type(b)
-        assert a == b
+        assert type(a) is type(b), f"{law}: found {a!r} and {b!r}"
+        assert a == b, f"{law}: found {a!r} and {b!r}"
 
 
 def saved_and_loaded(state: Any) -> Any:
@@ -91,9 +95,13 @@ def check_laws(
     """
     check_repr(compressor, names_in_repr)
     check_properties(compressor)
+    generator = torch.get_rng_state()
     check_tensors(compressor, run)
     check_empty_states(compressor, run)
     check_ends(compressor, run)
+    check_fixed_size(compressor, run[0])
+    law = f"{compressor!r} leaves torch's global generator alone, and draws from its state's seed"
+    assert_same_bits(torch.get_rng_state(), generator, law)
 
 
 def check_properties(compressor: Compressor) -> None:
@@ -104,6 +112,19 @@ def check_properties(compressor: Compressor) -> None:
     finished = compressor.finish(mean.clone())
     assert (finished.shape, finished.dtype) == (mean.shape, mean.dtype)
     assert compressor.finishes_average or torch.equal(finished, mean), "finishes_average is False"
+
+
+def check_fixed_size(compressor: Compressor, grads: Mapping[str, Tensor]) -> None:
+    """Check that payloads of a compressor of fixed size have one size, with inf in them, too."""
+    if not compressor.fixed_size:
+        return
+    for name, grad in grads.items():
+        values = [grad, torch.zeros_like(grad), torch.full_like(grad, float("inf"))]
+        sizes = {compressor.compress(value, {})[0].numel() for value in values}
+        assert len(sizes) == 1, (
+            f"fixed_size is True, and the payloads of {name!r}, of zeros and of inf have sizes "
+            f"{sorted(sizes)}"
+        )
 
 
 def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
@@ -119,6 +140,7 @@ def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -
         for name, from_batch in zip(names, batch, strict=True):
             grad, sender, receiver = grads[name], senders[name], receivers[name]
             before = copied((grad, sender, receiver))
+            where = f"{compressor!r}, tensor {name!r}, round {number}"
             given = grad.clone()
             payload, decoded, new = compressor.compress(given, sender)
             assert payload.dtype == torch.uint8
@@ -126,7 +148,8 @@ def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -
             assert (decoded.shape, decoded.dtype) == (grad.shape, grad.dtype)
             # The results are the same alone and in a batch, a second time, and on other memory.
             expected = copied((payload, decoded, new))
-            assert_same_bits(from_batch, expected)
+            again = f"{where}: compress gives the same for the same gradient and state"
+            assert_same_bits(from_batch, expected, again)
             size = payload.numel()
             if (name, int(payload[0]), size) not in cut:
                 cut.add((name, int(payload[0]), size))
@@ -134,19 +157,24 @@ def check_tensors(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -
 
             received = payload.clone()
             tensor, held = compressor.decompress(received, receiver, grad)
-            assert_same_bits(tensor, decoded)
-            assert_same_bits(compressor.sender_state(compressor.own_state(new), held, grad), new)
+            assert_same_bits(tensor, decoded, f"{where}: decode returns Encoding.decoded")
+            whole = compressor.sender_state(compressor.own_state(new), held, grad)
+            parts = f"{where}: own_state and the receiver's state give sender_state"
+            assert_same_bits(whole, new, parts)
             out = torch.full_like(grad, 0.5, memory_format=torch.contiguous_format)
             total = out + decoded * 0.3
             added = compressor.accumulate(payload, receiver, out, 0.3)
-            assert_same_bits(out, total)
-            assert_same_bits(held, added)
-            assert_same_bits((grad, sender, receiver), before)
+            sums = f"{where}: accumulate adds what decompress returns"
+            assert_same_bits(out, total, sums)
+            assert_same_bits(held, added, f"{where}: accumulate returns decompress's state")
+            untouched = f"{where}: the gradient and the states that went in are not modified"
+            assert_same_bits((grad, sender, receiver), before, untouched)
             # A result must not change when the gradient or the payload does.
             given.fill_(7.0)
             received.fill_(255)
-            assert_same_bits((payload, decoded, new), expected)
-            assert_same_bits((tensor, held), (decoded, added))
+            owned = f"{where}: results are in memory of their own, not the gradient's or payload's"
+            assert_same_bits((payload, decoded, new), expected, owned)
+            assert_same_bits((tensor, held), (decoded, added), owned)
             senders[name], receivers[name] = new, held
 
 
@@ -158,7 +186,8 @@ def check_empty_states(compressor: Compressor, run: Sequence[Mapping[str, Tensor
         for name, grad in grads.items():
             payload, decoded, senders[name] = compressor.compress(grad, senders[name])
             tensor, receivers[name] = compressor.decompress(payload, receivers[name], grad)
-            assert_same_bits(tensor, decoded)
+            law = f"{compressor!r}, tensor {name!r}: a sender may begin with the state {{}}"
+            assert_same_bits(tensor, decoded, law)
 
 
 def check_truncations(compressor: Compressor, payload: Tensor, state: Any, like: Tensor) -> None:
@@ -171,7 +200,7 @@ def check_truncations(compressor: Compressor, payload: Tensor, state: Any, like:
             pass
         else:
             assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
-    assert_same_bits(state, before)
+    assert_same_bits(state, before, f"{compressor!r}: a refused payload leaves the state alone")
 
 
 def check_ends(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
@@ -201,8 +230,11 @@ def check_ends(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> N
         }
         twin.accumulate("worker", message, into, 0.25)
         for name in grads:
-            assert_same_bits(encoded[name].dense().contiguous(), decoded[name])
-            assert_same_bits(into[name], 0.0 + decoded[name] * 0.25)
+            where = f"{compressor!r}, tensor {name!r}, round {number}"
+            dense = encoded[name].dense().contiguous()
+            assert_same_bits(dense, decoded[name], f"{where}: Sender.encode and Receiver agree")
+            sums = f"{where}: Receiver.accumulate adds what Receiver.decompress returns"
+            assert_same_bits(into[name], 0.0 + decoded[name] * 0.25, sums)
         assert_same_bits(twin.state_dict(), receiver.state_dict())
         report = sender.report()
         assert message.numel() - sum(r.bytes for r in report.values()) in (16, 24)

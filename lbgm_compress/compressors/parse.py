@@ -9,23 +9,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lbgm_compress.compressors as built_in
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.compressors.atomo import Atomo
-from lbgm_compress.compressors.error_feedback import ErrorFeedback
-from lbgm_compress.compressors.identity import Identity
-from lbgm_compress.compressors.lbgm import LBGM
-from lbgm_compress.compressors.look_back_subspace import LookBackSubspace
-from lbgm_compress.compressors.norm_budget import NormBudget
-from lbgm_compress.compressors.signsgd import SignSGD
-from lbgm_compress.compressors.topk import TopK
 
 __all__ = ["import_known", "parse_compressor", "parse_compressors"]
 
-# Compressors, and what they take as an argument besides each other.
-BUILT_IN: tuple[type, ...] = (
-    *(Atomo, ErrorFeedback, Identity, LBGM, LookBackSubspace, SignSGD, TopK),
-    NormBudget,
-)
+BUILT_IN: tuple[type, ...] = tuple(getattr(built_in, name) for name in built_in.__all__)
 LONGEST = 10_000
 
 
@@ -117,7 +106,9 @@ def import_known(specs: Iterable[str]) -> list[type]:
 
 def _by_name(known: Iterable[type]) -> dict[str, type]:
     """Return the classes that an expression may name."""
-    classes = {built_in.__name__: built_in for built_in in BUILT_IN}
+    classes = {one.__name__: one for one in BUILT_IN}
+    if isinstance(known, type):
+        raise TypeError(f"known takes a list of classes: write known=[{known.__name__}]")
     for one in known:
         if not isinstance(one, type):
             raise TypeError(f"known takes classes, as in known=[RandomK], not {one!r}")
@@ -134,7 +125,7 @@ def _compressor(node: ast.expr, classes: Mapping[str, type]) -> Compressor:
         hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {names}")
     name = node.func.id
-    if classes.get(name) is NormBudget:
+    if classes.get(name) is built_in.NormBudget:
         raise ValueError(f"{name} is no compressor, but an argument of LBGM: delta=...")
     if name in classes and not issubclass(classes[name], Compressor):
         raise ValueError(f"{name} is no compressor, but an argument of one; known are {names}")
@@ -164,7 +155,7 @@ def _built(node: ast.Call | ast.Name, classes: Mapping[str, type]) -> Any:
     try:
         return classes[name](*arguments, **keywords)
     except (TypeError, ValueError) as error:
-        message = str(error).replace("__init__()", "it")
+        message = str(error).replace(f"{name}.__init__()", "it")
         raise ValueError(f"{ast.unparse(node)}: {message}") from None
 
 
