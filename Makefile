@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Test processes side by side. Each may start processes of its own.
+# Test processes side by side. Each may start processes of its own, and so has one thread.
 JOBS ?= 3
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: compare test soak check docs horovod clean
 
@@ -11,10 +12,10 @@ compare: $(VENV)/.installed
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) $(ARGS)
+	$(TESTS) -m "not soak" $(ARGS)
 
 soak: $(VENV)/.installed
-	$(BIN)/python -m pytest -m soak -n $(JOBS) $(ARGS)
+	$(TESTS) -m soak $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

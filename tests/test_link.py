@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import json
 import signal
 import subprocess
@@ -36,8 +37,10 @@ def allowed():
         pytest.skip(reason)
 
 
-def namespaces():
-    return subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+def namespaces(pid):
+    """Return the network namespaces that a process has made and not removed."""
+    found = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if line.startswith(f"lbgm-{pid}-")]
 
 
 @pytest.mark.netns
@@ -46,14 +49,13 @@ def namespaces():
 def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(
     allowed, images, tmp_path, capsys
 ):
-    before = namespaces()
     methods = "Dense(), Float16(), PowerSGD(1), LBGM(TopK(0.01), delta=0.5)"
     arguments = ["--ranks", "2", "--rates", "200", "--cases", "large", "--epochs", "2"]
     arguments += ["--methods", methods, "--images", "2048", "--data-dir", str(images)]
     status = link.main([*arguments, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert namespaces() == before
+    assert namespaces(os.getpid()) == []
     with (tmp_path / "link.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows[::2]] == list(map(repr, read_methods(methods)))
@@ -73,12 +75,11 @@ def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(
 @pytest.mark.xdist_group("netns")
 @pytest.mark.timeout(120)
 def test_exchange_is_measured_by_itself(allowed, tmp_path, capsys):
-    before = namespaces()
     arguments = ["--probe-only", "--ranks", "3", "--rates", "100", "--out", str(tmp_path)]
     status = link.main(arguments)
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert namespaces() == before
+    assert namespaces(os.getpid()) == []
     [probe] = json.loads((tmp_path / "exchange.json").read_text())
     # A link cannot be beaten.
     assert probe["body_ms"] > 0.9 * probe["link_ms"]
@@ -90,7 +91,6 @@ def test_exchange_is_measured_by_itself(allowed, tmp_path, capsys):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_interrupted_run_leaves_nothing_behind(allowed, images, tmp_path, how):
-    before = namespaces()
     process = subprocess.Popen(
         [*SCRIPT, "--data-dir", str(images), "--rates", "0.5", "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -106,7 +106,7 @@ def test_interrupted_run_leaves_nothing_behind(allowed, images, tmp_path, how):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how], errors
-    assert namespaces() == before
+    assert namespaces(process.pid) == []
 
 
 def test_kept_results_of_earlier_names_are_drawn_without_links(tmp_path):

@@ -29,7 +29,7 @@ from lbgm_compress.collective.average import (
     sum_dtype,
 )
 from lbgm_compress.collective.transport import Pending, Transport, gather_texts
-from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressor import Compressor, check_compressor
 from lbgm_compress.endpoints import Receiver, Sender
 from lbgm_compress.wire.message import body_size
 
@@ -122,10 +122,7 @@ class Averager:
         weight: float = 1.0,
         must_match: Sequence[str] = (),
     ) -> None:
-        if not isinstance(compressor, Compressor):
-            raise TypeError(
-                f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
-            )
+        check_compressor(compressor)
         check_whole("start_step", start_step, 0)
         check_number("weight", weight, error=TypeError)
         if not 0 < weight < math.inf:

@@ -23,7 +23,7 @@ from lbgm_compress.adapters.flower.round import Received, TrainRound
 from lbgm_compress.adapters.flower.screening import Screening
 from lbgm_compress.adapters.flower.statistics import Statistics
 from lbgm_compress.adapters.flower.uplink import Uplink
-from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressor import Compressor, check_compressor
 
 __all__ = ["CompressedStrategy"]
 
@@ -110,10 +110,7 @@ class CompressedStrategy(Strategy):
             raise TypeError(
                 f"CompressedStrategy wraps a flwr.serverapp.strategy.Strategy, not {strategy!r}"
             )
-        if not isinstance(compressor, Compressor):
-            raise TypeError(
-                f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
-            )
+        check_compressor(compressor)
         if compressor.finishes_average:
             raise ValueError(
                 f"{compressor!r} does more to an average than the inner strategy would: use "
