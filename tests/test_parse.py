@@ -104,7 +104,10 @@ def test_classes_of_ones_own_are_known_by_name():
     ]
     assert parse_compressor("TopK(0.1)", known=[TopK, Mine, Mine]) == TopK(0.1)
     for text, message in [
-        ("Other()", "known are Atomo, .*, NormBudget, .*, TopK, Mine, Schedule; a class of your own"),
+        (
+            "Other()",
+            "known are Atomo, .*, NormBudget, .*, TopK, Mine, Schedule; a class of your own",
+        ),
         ("Schedule(3)", "Schedule is no compressor, but an argument of one; .*, TopK, Mine$"),
         ("Mine(warmup=3)", "unexpected keyword argument 'warmup'"),
     ]:
