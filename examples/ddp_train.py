@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress import LBGM, TopK
-from lbgm_compress.adapters.ddp import CompressionState, compression_hook
+from lbgm_compress.adapters.ddp import compress
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -20,9 +20,7 @@ train_x, train_y = x[:-360][rank::world], y[:-360][rank::world]
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
 
-compressor = LBGM(TopK(0.1), delta=0.2)
-state = CompressionState(compressor, model.named_parameters())
-model.register_comm_hook(state, compression_hook)
+state = compress(model, LBGM(TopK(0.1), delta=0.2))
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 for _ in range(200):

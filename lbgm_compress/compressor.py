@@ -329,6 +329,12 @@ class Compressor(abc.ABC):
 
 def check_compressor(compressor: Any) -> None:
     """Raise `TypeError` unless `compressor` is one."""
+    if isinstance(compressor, type) and issubclass(compressor, Compressor):
+        name = compressor.__name__
+        raise TypeError(
+            f"expected a compressor such as LBGM(TopK(0.01)), not the class {name}: write "
+            f"{name}(...), with brackets"
+        )
     if not isinstance(compressor, Compressor):
         raise TypeError(
             f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
@@ -338,6 +344,8 @@ def check_compressor(compressor: Any) -> None:
 def check_gradient(grad: Tensor, name: str | None = None) -> None:
     """Raise `TypeError` unless `grad` is a dense floating-point tensor."""
     which = "a gradient" if name is None else f"the gradient {name!r}"
+    if grad is None:
+        raise TypeError(f"{which} is None: run the backward pass first, or leave it out")
     if not isinstance(grad, Tensor):
         raise TypeError(f"{which} must be a torch.Tensor, not {type(grad).__name__}")
     if grad.layout != torch.strided:

@@ -26,7 +26,7 @@ from lbgm_compress import (
     SignSGD,
     TopK,
 )
-from lbgm_compress.adapters.ddp import CompressionState, compression_hook
+from lbgm_compress.adapters.ddp import CompressionState, compress, compression_hook
 from lbgm_compress.wire.values import as_bytes
 from tests import soak
 from tests.laws import assert_same_bits, saved_and_loaded
@@ -586,3 +586,33 @@ def test_example_trains_under_torchrun(tmp_path):
     last = found.stdout.splitlines()[-1]
     assert float(last.split("accuracy ")[1].split(" ")[0]) > 0.85
     assert float(last.split(" of the dense bytes")[0].split()[-1].rstrip("%")) < 50
+
+
+def average_in_subgroups(rank):
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    model = DistributedDataParallel(
+        nn.Linear(1, 1, bias=False), process_group=groups[0] if rank < 2 else groups[1]
+    )
+    state = compress(model, Identity())
+    model(torch.tensor([[rank + 1.0]])).sum().backward()
+    return model.module.weight.grad.item(), state.transport.size
+
+
+def test_one_line_compresses_a_model_in_its_own_process_group():
+    assert run_ranks(average_in_subgroups, 3) == [(1.5, 2), (1.5, 2), (3.0, 1)]
+
+
+def train_by_one_line(rank):
+    model = build()
+    state = compress(model, LBGM(TopK(0.1)), start_step=1)
+    train(model, rank, 4)
+    by_hand = build()
+    hooked(by_hand, LBGM(TopK(0.1)), start_step=1)
+    train(by_hand, rank, 4)
+    for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert_same_bits(one, other)
+    return state.stats()["message_bytes"] > 0
+
+
+def test_one_line_does_what_the_state_and_the_hook_do():
+    assert run_ranks(train_by_one_line, 2) == [True, True]

@@ -26,6 +26,11 @@ STATE_FORMAT = 1
 
 def sorted_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names in the order of a message; raise an error if there are none."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"expected a mapping from names to tensors, such as {{name: p.grad for name, p in "
+            f"model.named_parameters()}}, not {type(tensors).__name__}"
+        )
     if not tensors:
         raise ValueError("there are no tensors")
     for name in tensors:

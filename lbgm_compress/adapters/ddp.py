@@ -1,11 +1,12 @@
 """A communication hook for `torch.nn.parallel.DistributedDataParallel`.
 
 >>> from lbgm_compress import LBGM, TopK
->>> from lbgm_compress.adapters.ddp import CompressionState, compression_hook
+>>> from lbgm_compress.adapters.ddp import compress
 >>> def compress_gradients(model):  # a model wrapped in DistributedDataParallel
-...     state = CompressionState(LBGM(TopK(0.01)), model.named_parameters())
-...     model.register_comm_hook(state, compression_hook)
-...     return state
+...     return compress(model, LBGM(TopK(0.01)))
+
+`compress` makes a `CompressionState` and registers `compression_hook` with it. Both can be used by
+themselves where a framework registers hooks.
 
 Each rank encodes its gradients, all ranks gather the messages, and each adds up the same decoded
 tensors in rank order. So the averages have the same bits on all ranks, and replicas do not drift
@@ -25,19 +26,77 @@ compressed look-back gradients of C bytes (C = M for ``LBGM()``, about ratio * M
 
 import datetime
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress.collective.average import Average, sum_dtype
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.transport import ProcessGroupTransport
-from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressor import Compressor, check_compressor
 
-__all__ = ["CompressionState", "compression_hook"]
+__all__ = ["CompressionState", "compress", "compression_hook"]
+
+NAMED = "give model.named_parameters()"
+
+
+def compress(
+    model: DistributedDataParallel,
+    compressor: Compressor,
+    *,
+    start_step: int = 0,
+    weight: float = 1.0,
+) -> "CompressionState":
+    """Have the gradients of a model averaged in compressed form, from the next step on.
+
+    All ranks of the model's process group call it, for their models in the same order.
+
+    Parameters
+    ----------
+    model
+        The model, wrapped in `DistributedDataParallel`; its process group, the names of its
+        parameters and the parameters are taken from it.
+    compressor
+        Compresses the gradients: any compressor, the same on all ranks.
+    start_step, weight
+        As in `CompressionState`.
+
+    Returns
+    -------
+    CompressionState
+        For `stats`, `state_dict` and `load_state_dict`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type or out of range.
+    RuntimeError
+        If the model has a communication hook already.
+    """
+    if isinstance(model, Compressor):
+        raise TypeError("the arguments are swapped: write compress(model, compressor)")
+    if not isinstance(model, DistributedDataParallel):
+        wrapped = getattr(model, "_orig_mod", None)
+        advice = "wrap the model first, as DistributedDataParallel(model)"
+        if isinstance(wrapped, DistributedDataParallel):
+            advice = "compress the DistributedDataParallel model before torch.compile takes it"
+        raise TypeError(f"expected a DistributedDataParallel, not {type(model).__name__}: {advice}")
+    check_compressor(compressor)
+    # The hook is registered at the end: a model is not left with half of it.
+    state = CompressionState(
+        compressor,
+        model.named_parameters(),
+        model.process_group,
+        start_step=start_step,
+        weight=weight,
+    )
+    model.register_comm_hook(state, compression_hook)
+    return state
 
 
 class CompressionState(BackgroundAverager):
@@ -76,9 +135,15 @@ class CompressionState(BackgroundAverager):
         start_step: int = 0,
         weight: float = 1.0,
     ) -> None:
+        if isinstance(named_parameters, Compressor):
+            raise TypeError(
+                "the arguments are swapped: write CompressionState(compressor, "
+                "model.named_parameters())"
+            )
+        check_compressor(compressor)
+        parameters = {name: p for name, p in _named(named_parameters) if p.requires_grad}
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group() first")
-        parameters = {name: p for name, p in named_parameters if p.requires_grad}
         self.process_group = process_group if process_group is not None else _default_group()
         transport = ProcessGroupTransport(_group_like(self.process_group))
         super().__init__(compressor, parameters, transport, start_step, weight)
@@ -114,15 +179,28 @@ class CompressionState(BackgroundAverager):
         return future
 
     def _named_gradients(self, bucket: GradBucket) -> dict[str, Tensor]:
-        grads = {}
-        for parameter, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        parameters, gradients = bucket.parameters(), bucket.gradients()
+        names = []
+        for parameter in parameters:
             if id(parameter) not in self._names:
                 raise ValueError(
                     f"a parameter of shape {tuple(parameter.shape)} is not among the "
                     "named_parameters that CompressionState was given: build it from the same model"
                 )
-            grads[self._names[id(parameter)]] = grad
-        return grads
+            names.append(self._names[id(parameter)])
+        if bucket.buffer().is_sparse:
+            raise TypeError(
+                f"the gradient of {names[0]!r} is sparse, and compression needs dense ones: build "
+                "the embedding with sparse=False"
+            )
+        for name, parameter, grad in zip(names, parameters, gradients, strict=True):
+            if grad.dtype != parameter.dtype:
+                raise TypeError(
+                    f"the gradient of {name!r} has {grad.dtype}, and the parameter "
+                    f"{parameter.dtype}: register compression_hook by itself, without "
+                    "fp16_compress_wrapper or bf16_compress_wrapper; a compressor has values=..."
+                )
+        return dict(zip(names, gradients, strict=True))
 
 
 def compression_hook(
@@ -135,12 +213,70 @@ def compression_hook(
 
     Raises
     ------
+    TypeError
+        If `state` is not a `CompressionState`, or a gradient cannot be compressed.
     ValueError
         In the first step, on every rank, if the ranks were given different compressors or models.
     RuntimeError
         If another rank failed or cannot be reached; the message is torch's own.
     """
+    if not isinstance(state, CompressionState):
+        raise TypeError(
+            f"the state of compression_hook is a CompressionState, not {state!r}: write "
+            "compress(model, compressor) in the place of model.register_comm_hook(...)"
+        )
+    if not isinstance(bucket, GradBucket):
+        raise TypeError(
+            f"compression_hook was called with a {type(bucket).__name__} in the place of a bucket, "
+            'as by torch._dynamo.config.optimize_ddp = "python_reducer": set it to True'
+        )
     return state._hook(bucket)
+
+
+def _named(named_parameters: Any) -> list[tuple[str, Tensor]]:
+    """Return pairs of names and parameters, or raise an error that names the mistake."""
+    if isinstance(named_parameters, torch.nn.Module):
+        found = type(named_parameters).__name__
+        raise TypeError(f"named_parameters is the model itself, a {found}: {NAMED}")
+    if isinstance(named_parameters, Mapping):
+        raise TypeError(
+            "named_parameters is a mapping, such as state_dict() returns, whose tensors need not "
+            f"be the parameters: {NAMED}"
+        )
+    if not isinstance(named_parameters, Iterable):
+        raise TypeError(f"named_parameters is a {type(named_parameters).__name__}: {NAMED}")
+    pairs = list(named_parameters)
+    if not pairs:
+        raise ValueError(
+            "named_parameters is empty: if it is an iterator that was used before, call "
+            "model.named_parameters() again"
+        )
+    names = set()
+    for pair in pairs:
+        if isinstance(pair, Tensor):
+            raise TypeError(
+                f"named_parameters has tensors without names, as model.parameters() has: {NAMED}"
+            )
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"named_parameters has {pair!r} in the place of a pair: {NAMED}")
+        name, parameter = pair
+        if not isinstance(name, str) or not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"named_parameters has a pair of {type(name).__name__} and "
+                f"{type(parameter).__name__} in the place of a name and a parameter: {NAMED}"
+            )
+        if name in names:
+            raise ValueError(
+                f"named_parameters has two parameters of the name {name!r}: a CompressionState is "
+                "for one model"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise TypeError(
+                f"parameter {name!r} is a DTensor, as fully_shard makes them: compression works "
+                "with DistributedDataParallel"
+            )
+        names.add(name)
+    return [(name, parameter) for name, parameter in pairs]
 
 
 def _flat(average: Average, buffer: Tensor, grads: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,23 @@ class CompressionMod:
     def __init__(
         self,
         state_dir: str | os.PathLike[str] | None = None,
-        *,
+        *misused: Any,
         compressors: Sequence[type] = (),
     ) -> None:
+        if misused:
+            # Flower calls what is in its list of mods, and so a class by its constructor.
+            raise TypeError(
+                "ClientApp(mods=[CompressionMod]) has the class: write CompressionMod(), with "
+                "brackets, or compression_mod"
+            )
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.compressors = tuple(compressors)
         # Classes that cannot be used are an error here, before the first message.
         parse_compressor("Identity()", self.compressors)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Raise `TypeError`: a mod is not a list of mods."""
+        raise TypeError("ClientApp takes a list of mods: write ClientApp(mods=[compression_mod])")
 
     def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
         """Run the app, and compress the arrays of its reply."""

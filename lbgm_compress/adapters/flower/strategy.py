@@ -106,6 +106,10 @@ class CompressedStrategy(Strategy):
         memory_limit: int | None = None,
         log_file: str | os.PathLike[str] | None = None,
     ) -> None:
+        if isinstance(strategy, CompressedStrategy):
+            raise TypeError(
+                "the strategy is a CompressedStrategy already: wrap the strategy inside it once"
+            )
         if not isinstance(strategy, Strategy):
             raise TypeError(
                 f"CompressedStrategy wraps a flwr.serverapp.strategy.Strategy, not {strategy!r}"

@@ -1,0 +1,179 @@
+"""Wrong uses, each with the sentence that names the mistake and the right call."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    LookBackSubspace,
+    Receiver,
+    Sender,
+    SignSGD,
+    TopK,
+    parse_compressor,
+)
+from lbgm_compress.adapters.ddp import CompressionState, compress, compression_hook
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """Be the only rank of a process group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Model(nn.Module):
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, sparse=sparse)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(self.embedding(x)).sum()
+
+
+def wrapped(**options) -> DistributedDataParallel:
+    return DistributedDataParallel(Model(**options))
+
+
+def pairs():
+    return Model().named_parameters()
+
+
+def used_up():
+    parameters = pairs()
+    collections.deque(parameters, maxlen=0)
+    return parameters
+
+
+def backward(state, hook=compression_hook, **options):
+    model = wrapped(**options)
+    model.register_comm_hook(state(model) if callable(state) else state, hook)
+    model(torch.arange(5)).backward()
+
+
+def state_of(model):
+    return CompressionState(LBGM(), model.named_parameters())
+
+
+def backward_in_half_precision():
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
+
+    backward(state_of, hook=fp16_compress_wrapper(compression_hook))
+
+
+def distributed_tensor():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4), mesh))
+    return [("w", parameter)]
+
+
+def compress_twice():
+    model = wrapped()
+    compress(model, LBGM())
+    compress(model, LBGM())
+
+
+GRADS = {"w": torch.ones(4)}
+WRONG = [
+    # The hook's state
+    (lambda: backward(LBGM()), "the state of compression_hook is a CompressionState, not LBGM()"),
+    (lambda: backward(None), "is a CompressionState, not None: write compress(model, compressor)"),
+    (lambda: compression_hook(state_of(Model()), ()), 'optimize_ddp = "python_reducer"'),
+    (backward_in_half_precision, "without fp16_compress_wrapper"),
+    (
+        lambda: backward(state_of, sparse=True),
+        "'module.embedding.weight' is sparse, .* build the embedding with sparse=False",
+    ),
+    (lambda: backward(lambda _: state_of(Model())), "build it from the same model"),
+    # The arguments of CompressionState
+    (lambda: CompressionState(LBGM(), Model().parameters()), "tensors without names, as model.par"),
+    (lambda: CompressionState(LBGM(), Model().state_dict()), "a mapping, such as state_dict()"),
+    (lambda: CompressionState(LBGM(), Model()), "the model itself, a Model: give model.named_par"),
+    (lambda: CompressionState(pairs(), LBGM()), "swapped: write CompressionState(compressor, mod"),
+    (lambda: CompressionState(LBGM, pairs()), "not the class LBGM: write LBGM(...), with brackets"),
+    (
+        lambda: CompressionState("LBGM()", pairs()),
+        "expected a compressor such as LBGM(TopK(0.01)),",
+    ),
+    (
+        lambda: CompressionState(LBGM(), used_up()),
+        "empty: if it is an iterator that was used befor",
+    ),
+    (
+        lambda: CompressionState(LBGM(), [*pairs(), *pairs()]),
+        "two parameters of the name 'embedding.weight': a CompressionState is for one model",
+    ),
+    (
+        lambda: CompressionState(LBGM(), None),
+        "named_parameters is a NoneType: give model.named_par",
+    ),
+    (lambda: CompressionState(LBGM(), ["w"]), "has 'w' in the place of a pair: give model.named_p"),
+    (lambda: CompressionState(LBGM(), [("w", 1.0)]), "a pair of str and float in the place of a n"),
+    (lambda: CompressionState(LBGM(), distributed_tensor()), "parameter 'w' is a DTensor, as full"),
+    (
+        lambda: CompressionState(LBGM(), [("w", torch.ones(4))]),
+        "named_parameters has no parameter that requires a gradient",
+    ),
+    (lambda: CompressionState(LBGM(), pairs(), start_step=-1), "start_step must be a whole number"),
+    (
+        lambda: CompressionState(LBGM(), pairs(), weight=0),
+        "weight must be above 0 and finite, not 0",
+    ),
+    # compress()
+    (lambda: compress(Model(), LBGM()), "wrap the model first, as DistributedDataParallel(model)"),
+    (lambda: compress(LBGM(), wrapped()), "swapped: write compress(model, compressor)"),
+    (lambda: compress(torch.compile(wrapped()), LBGM()), "before torch.compile takes it"),
+    (lambda: compress(wrapped(), TopK), "not the class TopK: write TopK(...), with brackets"),
+    (compress_twice, "can only be called once"),
+    # The ends
+    (lambda: Sender(LBGM), "not the class LBGM: write LBGM(...), with brackets"),
+    (lambda: Sender(LBGM()).compress(torch.ones(4)), "a mapping from names to tensors, .* not Ten"),
+    (lambda: Sender(LBGM()).compress({}), "there are no tensors"),
+    (lambda: Sender(LBGM()).compress({"w": None}), "'w' is None: run the backward pass first"),
+    (lambda: Sender(LBGM()).compress({"w": torch.ones(4).to_sparse()}), "call .to_dense() first"),
+    (
+        lambda: Sender(LBGM()).compress({"w": torch.arange(4)}),
+        "must be one of float32, .* not torch",
+    ),
+    (lambda: Receiver(LBGM(), like=torch.ones(4)), "a mapping from names to tensors"),
+    (
+        lambda: Receiver(LBGM(), like=GRADS).decompress("0", b"bytes"),
+        "a message is a flat uint8 te",
+    ),
+    (lambda: Receiver(LBGM(), like=GRADS).decompress(0.5, torch.ones(4)), "an int or a str"),
+    # Compressors and expressions
+    (lambda: LBGM(LBGM()), "looks back itself"),
+    (lambda: LBGM(0.2), "LBGM wraps a compressor, not 0.2"),
+    (lambda: ErrorFeedback(TopK), "ErrorFeedback wraps a compressor, not"),
+    (lambda: TopK(10), "ratio must be above 0 and at most 1, not 10"),
+    (lambda: Atomo(0.5), "rank must be a whole number of at least 1, not 0.5"),
+    (lambda: SignSGD(scaled=True, vote=True), "a majority vote discards the scales"),
+    (lambda: LookBackSubspace(values="fp16"), "values must be one of"),
+    (lambda: parse_compressor("TopK"), "write TopK(...)"),
+    (lambda: parse_compressor("topk(0.1)"), "unknown compressor 'topk'; known are"),
+    (lambda: parse_compressor("Mine()", known=Identity), "write known=[Identity]"),
+]
+
+
+@pytest.mark.parametrize(("use", "sentence"), WRONG)
+def test_wrong_use_is_one_sentence_that_says_what_to_do(use, sentence):
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        use()
+    text = str(caught.value)
+    for part in sentence.split(" .* "):
+        assert part in text, text
