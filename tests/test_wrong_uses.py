@@ -112,7 +112,7 @@ WRONG = [
     ),
     (
         lambda: CompressionState(LBGM(), used_up()),
-        "empty: if it is an iterator that was used befor",
+        "if it is an iterator that was used before, call",
     ),
     (
         lambda: CompressionState(LBGM(), [*pairs(), *pairs()]),

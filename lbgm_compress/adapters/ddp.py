@@ -248,8 +248,8 @@ def _named(named_parameters: Any) -> list[tuple[str, Tensor]]:
     pairs = list(named_parameters)
     if not pairs:
         raise ValueError(
-            "named_parameters is empty: if it is an iterator that was used before, call "
-            "model.named_parameters() again"
+            "named_parameters has no parameter that requires a gradient, for it is empty: if it is "
+            "an iterator that was used before, call model.named_parameters() again"
         )
     names = set()
     for pair in pairs:
