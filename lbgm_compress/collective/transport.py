@@ -182,6 +182,8 @@ class ProcessGroupTransport(Transport):
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        # Sends and receives name ranks of the default group: torch before 2.6 knows no others.
+        self._global = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._reduced: Tensor | None = None
 
     def gather_equal(self, data: Tensor) -> Tensor:
@@ -202,10 +204,10 @@ class ProcessGroupTransport(Transport):
         """
         peers = [(self.rank + step) % self.size for step in range(1, self.size)]
         works = [
-            dist.irecv(rows[peer], group=self.group, group_src=peer, tag=EQUAL)
+            dist.irecv(rows[peer], self._global[peer], self.group, EQUAL)
             for peer in reversed(peers)
         ]
-        works += [dist.isend(data, group=self.group, group_dst=peer, tag=EQUAL) for peer in peers]
+        works += [dist.isend(data, self._global[peer], self.group, EQUAL) for peer in peers]
         rows[self.rank] = data
         for work in works:
             assert work is not None
@@ -230,7 +232,7 @@ class ProcessGroupTransport(Transport):
             return list(enumerate(pieces, start=before))
 
         def send(tag: int, chunk: Tensor) -> dist.Work:
-            work = dist.isend(chunk, group=self.group, group_dst=next_rank, tag=tag)
+            work = dist.isend(chunk, self._global[next_rank], self.group, tag)
             assert work is not None
             return work
 
@@ -239,7 +241,7 @@ class ProcessGroupTransport(Transport):
         for step in range(1, self.size):
             origin = (self.rank - step) % self.size
             for tag, chunk in chunks(origin):
-                work = dist.irecv(chunk, group=self.group, group_src=previous, tag=tag)
+                work = dist.irecv(chunk, self._global[previous], self.group, tag)
                 assert work is not None
                 receives.append((origin, tag, chunk, work))
         sends = [send(tag, chunk) for tag, chunk in chunks(self.rank)]

@@ -67,17 +67,20 @@ def train(engine: Engine, training: Training, compressor: Compressor) -> Iterato
         start = time.perf_counter()
         weights = {name: p.detach() for name, p in model.named_parameters()}
         mine = {name: scale * g[0] for name, g in update(weights, [engine.rank]).items()}
-        # All ranks have their updates before the bytes of the exchange are counted.
-        engine.total(torch.zeros(1, dtype=torch.int64))
-        before, crossed = sent_after(number - 1).bytes, crossed_bytes()
+        before, nothing = sent_after(number - 1).bytes, torch.zeros(1, dtype=torch.int64)
+        # The bytes of the exchange are counted from when all ranks have their updates until all
+        # have their averages, with two small sums in between, so that no rank's bytes are missed.
+        engine.total(nothing)
+        crossed = crossed_bytes()
+        engine.total(nothing)
         optimizer.zero_grad()
         module(mine).backward()
         optimizer.step()
-        wire = None if crossed is None else (crossed_bytes() or crossed) - crossed
         sent = sent_after(number)
         uplink, recycled, tensors = engine.total(
             torch.tensor([sent.bytes - before, sent.recycled, sent.tensors])
         ).tolist()
+        wire = None if crossed is None else (crossed_bytes() or crossed) - crossed
         if engine.rank == 0 and training.evaluated(number):
             weights = {name: p.detach() for name, p in model.named_parameters()}
             accuracy, loss = evaluate(model, weights, *test)
