@@ -75,7 +75,11 @@ def backward_in_half_precision():
 
 def distributed_tensor():
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
+
+    try:
+        from torch.distributed.tensor import distribute_tensor
+    except ImportError:  # torch 2.4
+        from torch.distributed._tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
     parameter = nn.Parameter(distribute_tensor(torch.ones(4), mesh))
