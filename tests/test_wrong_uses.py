@@ -92,6 +92,13 @@ def compress_twice():
     compress(model, LBGM())
 
 
+def load_state_of(name, size):
+    other = CompressionState(LBGM(), [(name, nn.Parameter(torch.ones(size)))])
+    other.average({name: torch.ones(size)})
+    mine = CompressionState(LBGM(), [("w", nn.Parameter(torch.ones(4)))])
+    mine.load_state_dict(other.state_dict())
+
+
 GRADS = {"w": torch.ones(4)}
 WRONG = [
     # The hook's state
@@ -138,12 +145,14 @@ WRONG = [
         lambda: CompressionState(LBGM(), pairs(), weight=0),
         "weight must be above 0 and finite, not 0",
     ),
+    (lambda: load_state_of("w", 3), "is that of another model: its tensor 'w' has shape and dtype"),
+    (lambda: load_state_of("v", 4), "has a tensor 'v', which is not a parameter here"),
     # compress()
     (lambda: compress(Model(), LBGM()), "wrap the model first, as DistributedDataParallel(model)"),
     (lambda: compress(LBGM(), wrapped()), "swapped: write compress(model, compressor)"),
     (lambda: compress(torch.compile(wrapped()), LBGM()), "before torch.compile takes it"),
     (lambda: compress(wrapped(), TopK), "not the class TopK: write TopK(...), with brackets"),
-    (compress_twice, "can only be called once"),
+    (compress_twice, "the model takes no hook: it has one already"),
     # The ends
     (lambda: Sender(LBGM), "not the class LBGM: write LBGM(...), with brackets"),
     (lambda: Sender(LBGM()).compress(torch.ones(4)), "a mapping from names to tensors, .* not Ten"),
@@ -170,6 +179,12 @@ WRONG = [
     (lambda: LookBackSubspace(values="fp16"), "values must be one of"),
     (lambda: parse_compressor("TopK"), "write TopK(...)"),
     (lambda: parse_compressor("topk(0.1)"), "unknown compressor 'topk'; known are"),
+    (lambda: parse_compressor("Topk(0.1)"), "(did you mean TopK?)"),
+    (lambda: parse_compressor("TopK(0.1"), "check its brackets, commas and quotes"),
+    (lambda: parse_compressor("TopK()"), "TopK() missing 1 required positional argument: 'ratio'"),
+    (lambda: parse_compressor("TopK(0.1, values=int4)"), "write 'int4', in quotes, if it is text"),
+    (lambda: parse_compressor("SignSGD(scaled=true)"), "write True"),
+    (lambda: parse_compressor(TopK(0.1)), "expected an expression as text, .* not TopK(0.1)"),
     (lambda: parse_compressor("Mine()", known=Identity), "write known=[Identity]"),
 ]
 

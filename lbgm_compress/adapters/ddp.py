@@ -95,7 +95,12 @@ def compress(
         start_step=start_step,
         weight=weight,
     )
-    model.register_comm_hook(state, compression_hook)
+    try:
+        model.register_comm_hook(state, compression_hook)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the model takes no hook: it has one already, or is not to communicate ({error})"
+        ) from None
     return state
 
 

@@ -135,6 +135,7 @@ class Averager:
         self.step = 0
         self.sender = Sender(compressor, seed=transport.rank)
         self.receiver = Receiver(compressor, parameters)
+        self._likes = {name: (tuple(p.shape), str(p.dtype)) for name, p in parameters.items()}
         self._weight = float(weight)
         self._shares: list[float] = []
         self._device = next(iter(parameters.values())).device
@@ -396,12 +397,25 @@ class Averager:
         before = self.sender.state_dict()
         self.sender.load_state_dict(state["sender"])
         try:
+            self._check_tensors(state["sender"]["tensors"])
             self.receiver.load_state_dict(state["receiver"])
         except ValueError:
             self.sender.load_state_dict(before)
             raise
         self.step = state["step"]
         self._failure = None
+
+    def _check_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless the tensors of a sender's state are those of the parameters."""
+        for name, entry in tensors.items():
+            found = tuple(entry["shape"]), entry["dtype"]
+            if name not in self._likes:
+                raise ValueError(f"the state has a tensor {name!r}, which is not a parameter here")
+            if found != self._likes[name]:
+                raise ValueError(
+                    f"the state is that of another model: its tensor {name!r} has shape and dtype "
+                    f"{found}, and the parameter has {self._likes[name]}"
+                )
 
 
 def body_length(head: bytes, rank: int) -> int:

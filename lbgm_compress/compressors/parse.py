@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import os
 import sys
@@ -58,13 +59,18 @@ def parse_compressors(text: str, known: Iterable[type] = ()) -> list[Compressor]
     Parameters and errors are those of `parse_compressor`.
     """
     classes = _by_name(known)
+    if not isinstance(text, str):
+        raise TypeError(f"expected an expression as text, such as 'LBGM(TopK(0.01))', not {text!r}")
     if len(text) > LONGEST:
         raise ValueError(f"an expression of {len(text)} characters is too long")
     try:
         # Brackets make a list out of one expression and of several, over any number of lines.
         tree = ast.parse(f"[{text}\n]", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"cannot read {text!r} as compressors: {error}") from None
+        reason = f": {error}" if not isinstance(error, SyntaxError) else ""
+        raise ValueError(
+            f"cannot read {text!r} as compressors{reason}: check its brackets, commas and quotes"
+        ) from None
     if not isinstance(tree, ast.List) or not tree.elts:
         raise ValueError(f"cannot read {text!r} as a list of compressors")
     return [_compressor(node, classes) for node in tree.elts]
@@ -122,7 +128,7 @@ def _by_name(known: Iterable[type]) -> dict[str, type]:
 def _compressor(node: ast.expr, classes: Mapping[str, type]) -> Compressor:
     names = ", ".join(name for name, one in classes.items() if issubclass(one, Compressor))
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
+        hint = _hint(node.id, classes) if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {names}")
     name = node.func.id
     if classes.get(name) is built_in.NormBudget:
@@ -138,12 +144,14 @@ def _built(node: ast.Call | ast.Name, classes: Mapping[str, type]) -> Any:
     """Call the constructor that `node` names."""
     known = ", ".join(classes)
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        hint = f": write {node.id}(...)" if isinstance(node, ast.Name) else ""
+        hint = _hint(node.id, classes) if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {known}")
     name = node.func.id
     if name not in classes:
+        near = difflib.get_close_matches(name, classes, 1)
         raise ValueError(
-            f"unknown compressor {name!r}; known are {known}; a class of your own is passed as "
+            f"unknown compressor {name!r}; known are {known}"
+            f"{f' (did you mean {near[0]}?)' if near else ''}; a class of your own is passed as "
             f"known=[{name}] (--known MODULE:{name} on a command line)"
         )
     arguments = [_argument(argument, classes) for argument in node.args]
@@ -155,8 +163,16 @@ def _built(node: ast.Call | ast.Name, classes: Mapping[str, type]) -> Any:
     try:
         return classes[name](*arguments, **keywords)
     except (TypeError, ValueError) as error:
-        message = str(error).replace(f"{name}.__init__()", "it")
+        message = str(error).replace(f"{name}.__init__()", f"{name}()")
         raise ValueError(f"{ast.unparse(node)}: {message}") from None
+
+
+def _hint(name: str, classes: Mapping[str, type]) -> str:
+    """Return what to write in the place of a bare name."""
+    if name.lower() in ("true", "false", "none"):
+        return f": write {name.capitalize()}"
+    near = difflib.get_close_matches(name, classes, 1)
+    return f": write {near[0]}(...)" if near else f": write {name!r}, in quotes, if it is text"
 
 
 def _argument(node: ast.expr, classes: Mapping[str, type]) -> Any:

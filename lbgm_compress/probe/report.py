@@ -175,6 +175,12 @@ def advice(rows: Sequence[Row], rounds: int, skipped: int, updates: bool) -> str
     # Error feedback brings back most of what a subspace misses.
     useful = [row for row in whole if row.subspace and row.rounds > 1 and row.of_dense < 0.5]
     useful = [row for row in useful if row.relative_error <= 0.95]
+    if not any(row.subspace and row.rounds > 1 for row in whole):
+        return (
+            f"{said}: LBGM has little to recycle. Subspaces were not replayed long enough to tell: "
+            "run longer, or with --cost 1 (cost=None), or try ErrorFeedback(LookBackSubspace(4, "
+            "values='int4'))."
+        )
     if not useful:
         return (
             f"{said}: looking back saves little here. Take ErrorFeedback(TopK(0.01)) or larger "
