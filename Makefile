@@ -23,7 +23,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 horovod: $(VENV)/.installed
 	$(BIN)/python -m lbgm_compress.install_horovod --constraint constraints.txt $(ARGS)

@@ -140,7 +140,7 @@ def test_without_its_tools_it_says_so_and_makes_nothing(images, tmp_path, capsys
     ("arguments", "message"),
     [
         (["--methods", "Dense(), LBGM(Tpok(1))"], "unknown compressor 'Tpok'"),
-        (["--methods", "dense"], "write dense(...)"),
+        (["--methods", "dense"], "write Dense(...)"),
         (["--draw-only"], "there are no epochs in link.csv"),
         (["--cases", "huge"], "none of large, small"),
         (["--ranks", "1"], "from 2 to 16"),
