@@ -28,6 +28,9 @@ Rules for `encode` and `decode`:
 - A gradient with inf or nan (as loss scaling produces) is sent as it is, uncompressed, and changes
   no state, so that every rank sees the same inf or nan and skips the same step. `encode_batch` does
   that before it calls `encode`.
+- A gradient that is zero in all elements is sent as a head of zeros alone, decodes to zeros, and
+  changes no state: a layer that is not in use loses nothing, and nothing is written to it.
+  `encode_batch` does that, too, unless payloads have a `fixed_size`.
 
 The laws, for every compressor and every composition (`tests.laws.check_laws` checks them):
 
@@ -49,13 +52,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.decoded import Decoded, Dense, Zero
 from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes, from_bytes
@@ -66,12 +71,15 @@ __all__ = [
     "Encoding",
     "OutOfSyncError",
     "PayloadError",
+    "Content",
     "State",
     "all_finite",
     "check_compressor",
     "check_gradient",
+    "contents",
     "raw",
     "square_sum",
+    "zero",
 ]
 
 State = dict[str, Any]
@@ -240,6 +248,22 @@ class Compressor(abc.ABC):
         """
         return state
 
+    def rescale(self, state: State, factor: float) -> State:
+        """Return a sender's state for gradients that are `factor` times as large from now on.
+
+        That is so when a loss scale changes. A compressor overrides this if its state is in units
+        of the gradient, such as a residual, or if it compares gradients with a fixed number.
+        """
+        return state
+
+    def give_back(self, state: State, tensor: Tensor) -> State:
+        """Return a sender's state with `tensor` added to the residual.
+
+        `tensor` is what a payload carried that was not applied. Without a residual it is lost, as
+        it would be without compression.
+        """
+        return state
+
     def own_state(self, state: State) -> State:
         """Return the part of a sender's `state` that its receiver does not hold."""
         return state
@@ -258,18 +282,23 @@ class Compressor(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, grad: Tensor, state: State) -> Encoding:
-        """Compress a finite gradient: the core of `compress`, under the rules above.
+        """Compress a finite gradient, not zero: the core of `compress`, under the rules above.
 
         `grad` must not be modified, and is valid until the next round: what the new state keeps of
         it is copied.
         """
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        """Compress several gradients, finite or not."""
-        return [
-            self.encode(grad, state) if finite else raw(self, grad, state)
-            for grad, state, finite in zip(grads, states, all_finite(grads), strict=True)
-        ]
+        """Compress several gradients of any content."""
+        results = []
+        for grad, state, content in zip(grads, states, contents(grads), strict=True):
+            if content is Content.NOT_FINITE:
+                results.append(raw(self, grad, state))
+            elif content is Content.ZERO and not self.fixed_size:
+                results.append(zero(self, grad, state))
+            else:
+                results.append(self.encode(grad, state))
+        return results
 
     @abc.abstractmethod
     def decode(
@@ -315,6 +344,10 @@ class Compressor(abc.ABC):
             if any(head[1:]):
                 raise PayloadError("the head of an uncompressed tensor is not zero")
             return dense_from_bytes(body, like), state
+        if kind == 0:
+            if any(head):
+                raise PayloadError("the head of a zero tensor is not zero")
+            return Zero(like), state
         if kind not in self.kinds:
             raise PayloadError(f"unknown kind of payload {kind} for {self!r}")
         decoded, new = self.decode(head, body, state, like)
@@ -355,17 +388,39 @@ def check_gradient(grad: Tensor, name: str | None = None) -> None:
         raise TypeError(f"{which} must be one of {names}, not {grad.dtype}")
 
 
-def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Return whether each tensor is finite (no inf, no nan), with one device synchronisation."""
+class Content(enum.Enum):
+    """Content of a gradient."""
+
+    NUMBERS = enum.auto()
+    """Finite, and not all zero."""
+    ZERO = enum.auto()
+    """Zero in all elements, or without elements."""
+    NOT_FINITE = enum.auto()
+    """With inf or nan."""
+
+
+def contents(tensors: Sequence[Tensor]) -> list[Content]:
+    """Return the content of each tensor, with one device synchronisation."""
     if not tensors:
         return []
-    # A finite sum of squares has finite terms, and costs one read. Only an infinite one, which may
-    # come from overflow, needs a second look.
-    sums = torch.stack([square_sum(tensor) for tensor in tensors])
+    # One read gives the sum of squares, which is finite and above 0 in nearly all cases. Else it
+    # may come from overflow or underflow, and needs a second look.
+    sums = torch.stack([square_sum(tensor) for tensor in tensors]).tolist()
     return [
-        finite or bool(tensor.isfinite().all())
-        for tensor, finite in zip(tensors, sums.isfinite().tolist(), strict=True)
+        Content.NUMBERS if 0 < total < math.inf else _content(tensor)
+        for tensor, total in zip(tensors, sums, strict=True)
     ]
+
+
+def _content(tensor: Tensor) -> Content:
+    if not tensor.isfinite().all():
+        return Content.NOT_FINITE
+    return Content.NUMBERS if tensor.any() else Content.ZERO
+
+
+def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return whether each tensor is finite (no inf, no nan), with one device synchronisation."""
+    return [content is not Content.NOT_FINITE for content in contents(tensors)]
 
 
 def square_sum(tensor: Tensor) -> Tensor:
@@ -380,6 +435,11 @@ def raw(compressor: Compressor, grad: Tensor, state: State) -> Encoding:
     """Return the encoding of an uncompressed gradient, which leaves the state as it was."""
     head = bytes([Kind.RAW | Kind.BODY]) + bytes(compressor.head_size(grad) - 1)
     return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
+
+
+def zero(compressor: Compressor, grad: Tensor, state: State) -> Encoding:
+    """Return the encoding of a zero gradient, which leaves the state as it was."""
+    return Encoding(bytes(compressor.head_size(grad)), None, Zero(grad), state)
 
 
 def dense_from_bytes(body: Tensor, like: Tensor) -> Dense:

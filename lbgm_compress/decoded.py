@@ -11,7 +11,7 @@ import abc
 import torch
 from torch import Tensor
 
-__all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "flat_dots", "working_dtype"]
+__all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "Zero", "flat_dots", "working_dtype"]
 
 
 def flat_dots(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,6 +108,22 @@ class Sparse(Decoded):
 
     def scaled(self, factor: float) -> Decoded:
         return Sparse(self.indices, (self.values * factor).add_(0.0), self.shape)
+
+
+class Zero(Decoded):
+    """Zeros, in the shape and dtype of `like`."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
+
+    def dense(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def add_to(self, out: Tensor, weight: float) -> None:
+        pass
+
+    def scaled(self, factor: float) -> Decoded:
+        return self
 
 
 def working_dtype(like: Tensor) -> torch.dtype:

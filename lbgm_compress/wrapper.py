@@ -67,6 +67,12 @@ class Wrapper(Compressor):
     def forget(self, state: State) -> State:
         return {**state, "inner": self.inner.forget(self.inner_state(state))}
 
+    def rescale(self, state: State, factor: float) -> State:
+        return {**state, "inner": self.inner.rescale(self.inner_state(state), factor)}
+
+    def give_back(self, state: State, tensor: Tensor) -> State:
+        return {**state, "inner": self.inner.give_back(self.inner_state(state), tensor)}
+
     def own_state(self, state: State) -> State:
         return {**state, "inner": self.inner.own_state(self.inner_state(state))}
 

@@ -15,8 +15,8 @@ from lbgm_compress.collective import (
     ProcessGroupTransport,
     Transport,
 )
-from lbgm_compress.collective.averager import body_length
 from lbgm_compress.collective.background import Worker
+from lbgm_compress.collective.heads import body_length
 from lbgm_compress.collective.transport import gather_texts
 from tests.laws import assert_same_bits
 from tests.ranks import run_ranks

@@ -103,7 +103,9 @@ def test_variable_length_integer_that_does_not_end_is_refused(data):
         bits.read_varints(data, 1)
 
 
-@pytest.mark.parametrize("case", GOLDEN["messages"], ids=lambda case: case["compressor"])
+@pytest.mark.parametrize(
+    "case", GOLDEN["messages"] + GOLDEN["earlier"], ids=lambda case: case["compressor"]
+)
 def test_messages_of_version_1_decode_for_good(case):
     like = golden.gradients(0)
     receiver = Receiver(parse_compressor(case["compressor"]), like)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ __all__ = [
     "check_unchanged",
     "copied",
     "identifiers_of",
+    "on_device",
+    "packed_identifiers",
     "sorted_names",
     "tensor_bytes",
 ]
@@ -47,6 +49,13 @@ def identifiers_of(digest: Tensor, count: int) -> tuple[int, ...]:
             f"{digest.numel()} of {digest.dtype}"
         )
     return struct.unpack(f"<{count}Q", digest.cpu().numpy().tobytes())
+
+
+def packed_identifiers(identifiers: Iterable[int]) -> Tensor:
+    """Return a digest: the identifiers as flat uint8 on the CPU, eight bytes each."""
+    numbers = list(identifiers)
+    data = bytearray(struct.pack(f"<{len(numbers)}Q", *numbers))
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def check_state(state: Mapping[str, Any], compressor: str, keys: tuple[str, ...]) -> None:
@@ -94,6 +103,15 @@ def check_entry(name: str, entry: Any, keys: set[str], owner: str) -> None:
 def copied(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return new dicts with the entries of each tensor; what they hold is shared."""
     return {name: dict(entry) for name, entry in tensors.items()}
+
+
+def on_device(state: Any, device: torch.device) -> Any:
+    """Return a nested mapping with all its tensors on `device`; what is there is shared."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, Mapping):
+        return {name: on_device(value, device) for name, value in state.items()}
+    return state
 
 
 def tensor_bytes(state: Any) -> int:

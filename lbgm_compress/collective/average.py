@@ -13,7 +13,14 @@ from lbgm_compress.collective.transport import Pending
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.endpoints import Receiver
 
-__all__ = ["Average", "CompressedAverage", "DenseAverage", "sum_dtype"]
+__all__ = ["Average", "CompressedAverage", "DenseAverage", "RanksDiffer", "sum_dtype"]
+
+
+class RanksDiffer(RuntimeError):
+    """Raised on all ranks if one of them asks to compare states before the step goes on.
+
+    `Averager.average` and `BackgroundAverager` do so, and begin the step again.
+    """
 
 
 class Average(abc.ABC):
@@ -57,6 +64,8 @@ class Average(abc.ABC):
         """
         try:
             averages = self._finish(into)
+        except RanksDiffer:
+            raise
         except BaseException as error:
             self._fail(error)
             raise
@@ -89,12 +98,16 @@ class CompressedAverage(Average):
         grads: Mapping[str, Tensor],
         fail: Callable[[BaseException], None],
         own: Mapping[str, Decoded],
+        uncompressed: Sequence[str],
         receiver: Receiver,
         shares: Sequence[float],
         rank: int,
+        spoil: Callable[[], None],
     ) -> None:
         super().__init__(pending, grads, fail)
         self._own = own
+        self._uncompressed = uncompressed
+        self._spoil = spoil
         self._receiver = receiver
         self._shares = shares
         self._rank = rank
@@ -102,12 +115,18 @@ class CompressedAverage(Average):
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         messages = self._pending.result()
         sums = _zeros(self._grads) if into is None else into
+        uncompressed = set(self._uncompressed)
         for rank, (message, share) in enumerate(zip(messages, self._shares, strict=True)):
             if rank == self._rank:
                 for name, decoded in self._own.items():
                     decoded.add_to(sums[name], share)
             else:
-                self._receiver.accumulate(rank, message, sums, share, names=self._grads)
+                uncompressed.update(
+                    self._receiver.accumulate(rank, message, sums, share, names=self._grads)
+                )
+        # The sums have the same bits on all ranks, so that all ranks come to the same conclusion.
+        if not all(sums[name].isfinite().all() for name in uncompressed):
+            self._spoil()
         return self._receiver.finish({name: sums[name] for name in self._grads})
 
 

@@ -14,55 +14,45 @@ import itertools
 import math
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lbgm_compress._util.checks import check_number, check_whole
+from lbgm_compress._util.checks import check_flag, check_number, check_whole
+from lbgm_compress._util.ends import on_device
+from lbgm_compress.collective.agreement import drop_unshared
 from lbgm_compress.collective.average import (
     Average,
     CompressedAverage,
     DenseAverage,
+    RanksDiffer,
     sum_dtype,
 )
+from lbgm_compress.collective.heads import DIFFERS, FAILED, body_length, notice
+from lbgm_compress.collective.loss_scale import check_loss_scale, current_scale
+from lbgm_compress.collective.saved import check_saved, gather_states, part_of_rank, save_rank
+from lbgm_compress.collective.traffic import Traffic
 from lbgm_compress.collective.transport import Pending, Transport, gather_texts
 from lbgm_compress.compressor import Compressor, check_compressor
+from lbgm_compress.decoded import Decoded
 from lbgm_compress.endpoints import Receiver, Sender
-from lbgm_compress.wire.message import body_size
 
-__all__ = ["Averager", "body_length"]
+__all__ = ["Averager"]
 
-FORMAT = 1
-STATE_KEYS = frozenset({"format", "rank", "world_size", "step", "sender", "receiver"})
 DIGEST_SIZE = 16
-
-
-@dataclass
-class Traffic:
-    """Bytes and recycled tensors of one parameter, summed over the steps so far."""
-
-    message_bytes: int = 0
-    dense_bytes: int = 0
-    recycled: int = 0
-    steps: int = 0
-
-    def stats(self) -> dict[str, float]:
-        """Return the sums, the ratio of the bytes, and the share of recycled tensors."""
-        return {
-            "message_bytes": self.message_bytes,
-            "dense_bytes": self.dense_bytes,
-            "ratio": self.message_bytes / self.dense_bytes if self.dense_bytes else 0.0,
-            "recycled_share": self.recycled / self.steps if self.steps else 0.0,
-        }
 
 
 class Averager:
     """Averages gradients over the ranks of a transport. It is one rank's part.
 
     It holds the rank's sender, and a receiver for the messages of the other ranks.
+
+    A step is a transaction: a step whose averages have inf or nan is taken back when it ends, since
+    training loops skip it, and `undo` takes back one that a loop skips for reasons of its own.
+    Residuals and look-back gradients are then those from before the step, on all ranks.
 
     All ranks call `average` for each step, or `begin` for each part of the gradients of a step and
     `end_step` after the last part: in the same order, and with the same names.
@@ -82,6 +72,13 @@ class Averager:
         is the weight divided by the sum of the weights of all ranks.
     must_match
         Further lines, each a name and a value, that must be the same on all ranks.
+    loss_scale
+        The factor by which the loss is multiplied: a number, or a callable that returns it, such as
+        the method ``get_scale`` of a `torch.amp.GradScaler`. It is asked for at the beginning of
+        each step. Residuals and `NormBudget` follow it.
+    undoable
+        If False, `undo` is an error, and saves memory: what a step replaces, a residual for each
+        `ErrorFeedback` above all, is freed at its end and not at the beginning of the next.
 
     Attributes
     ----------
@@ -121,9 +118,14 @@ class Averager:
         start_step: int = 0,
         weight: float = 1.0,
         must_match: Sequence[str] = (),
+        *,
+        loss_scale: float | Callable[[], float] = 1.0,
+        undoable: bool = True,
     ) -> None:
         check_compressor(compressor)
         check_whole("start_step", start_step, 0)
+        check_flag("undoable", undoable, error=TypeError)
+        check_loss_scale(loss_scale)
         check_number("weight", weight, error=TypeError)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be above 0 and finite, not {weight}")
@@ -132,6 +134,8 @@ class Averager:
         self.compressor = compressor
         self.transport = transport
         self.start_step = start_step
+        self.loss_scale = loss_scale
+        self.undoable = undoable
         self.step = 0
         self.sender = Sender(compressor, seed=transport.rank)
         self.receiver = Receiver(compressor, parameters)
@@ -146,14 +150,24 @@ class Averager:
         ]
         self.description = "\n".join([*lines, *must_match])
         self._members: tuple[int, int] | None = None
+        self._scale = 1.0
+        self._watched = [weakref.ref(p) for p in parameters.values()]
+        # Whether a step has begun, and whether its averages have inf or nan.
+        self._in_step = self._spoiled = False
+        # The versions of the parameters at the end of a step that can be taken back.
+        self._versions: list[int] | None = None
+        # Whether this rank asks the others to compare states, and the step until they do.
+        self._differs = False
+        self._common_step: int | None = None
         self._failure: BaseException | None = None
-        self._traffic = {name: Traffic() for name in parameters}
-        self._message_bytes = 0
+        self._traffic = Traffic(parameters)
 
     @property
     def warming_up(self) -> bool:
         """True if this step is one of plain all-reduce."""
-        return self.step < self.start_step
+        # All ranks have to come to the same conclusion, also where one has loaded another step.
+        step = self.step if self._common_step is None else self._common_step
+        return step < self.start_step
 
     @property
     def share(self) -> float:
@@ -190,7 +204,11 @@ class Averager:
             If another rank could not encode its gradients, or cannot be reached, or if an earlier
             step failed.
         """
-        averages = self.begin(grads).finish()
+        try:
+            averages = self.begin(grads).finish()
+        except RanksDiffer:
+            self._compare_again()
+            averages = self.begin(grads).finish()
         self.end_step()
         return averages
 
@@ -199,19 +217,96 @@ class Averager:
 
         Several averages can be under way at one time. They are finished in the order in which they
         began, and `grads` must not change until then. Parameters and errors are those of `average`.
+        Besides, this or `Average.finish` raises `RanksDiffer` on all ranks if one of them has
+        loaded a state or undone a step: `BackgroundAverager` then begins the whole step again.
         """
         self.check_usable()
         if not self.ranks_match:
             self.verify_ranks_match()
+        self.open_step()
         try:
             return self._begin_dense(grads) if self.warming_up else self._begin_compressed(grads)
+        except RanksDiffer:
+            raise
         except BaseException as error:
             self.fail(error)
             raise
 
+    def open_step(self) -> None:
+        """Note the state to return to and the loss scale, unless a step has begun already.
+
+        Raises
+        ------
+        ValueError
+            If the loss scale is not a finite number above 0.
+        """
+        if self._in_step:
+            return
+        self._scale = current_scale(self.loss_scale)
+        self._in_step, self._spoiled, self._versions = True, False, None
+        self.sender.begin_step()
+        self.receiver.begin_step()
+
     def end_step(self) -> None:
-        """Count a step whose averages have all been finished."""
+        """Count a step whose averages have all been finished.
+
+        If an average has inf or nan, the step is taken back, on all ranks.
+        """
         self.step += 1
+        if self._common_step is not None:
+            self._common_step += 1
+        self._in_step = False
+        if self._spoiled:
+            self._take_back()
+        elif self.undoable:
+            self._versions = self._parameter_versions()
+        else:
+            self.sender.commit()
+            self.receiver.commit()
+
+    def undo(self) -> None:
+        """Take the last step back: its gradients were not applied, and are not to be.
+
+        Residuals and look-back gradients are then those from before the step, bit for bit. Call it
+        on every rank, after the backward pass and in the place of ``optimizer.step()``. A step with
+        inf or nan needs no call. Nothing is done if the parameters have changed since, as the step
+        was then applied, or if no step was made.
+
+        Raises
+        ------
+        RuntimeError
+            With ``undoable=False``, or within a step.
+        """
+        if not self.undoable:
+            raise RuntimeError("undo() needs undoable=True, with which the state was not built")
+        if self._in_step:
+            raise RuntimeError("undo() within a step: call it after the backward pass")
+        if self._versions is not None and self._versions == self._parameter_versions():
+            self._take_back()
+            # Should other ranks have applied the step, they do not hold what this one does.
+            self._ask_to_compare()
+
+    def _take_back(self) -> None:
+        self.sender.undo()
+        self.receiver.undo()
+        self._in_step, self._spoiled, self._versions = False, False, None
+
+    def _spoil(self) -> None:
+        self._spoiled = True
+
+    def _parameter_versions(self) -> list[int]:
+        """Return counts of the changes of each parameter."""
+        return [-1 if (p := ref()) is None else p._version for ref in self._watched]
+
+    def _ask_to_compare(self) -> None:
+        """Have the next step compare the states of all ranks first."""
+        if self._members is not None and not self._differs:
+            self._differs, self._common_step = True, self.step
+
+    def _compare_again(self) -> None:
+        """Take back what was done of a step, and compare the states of all ranks."""
+        self._take_back()
+        self.verify_ranks_match()
 
     def _begin_dense(self, grads: Mapping[str, Tensor]) -> Average:
         dtype = functools.reduce(torch.promote_types, (sum_dtype(g.dtype) for g in grads.values()))
@@ -221,48 +316,51 @@ class Averager:
 
     def _begin_compressed(self, grads: Mapping[str, Tensor]) -> Average:
         head_size = self.receiver.head_size(grads)
-        try:
-            message, own = self.sender.encode(grads)
-        except Exception:
-            # The other ranks wait for a head.
-            nothing = torch.zeros(head_size, dtype=torch.uint8, device=self._device)
-            with contextlib.suppress(RuntimeError):
-                self._gather(nothing, head_size, grads).result()
-            raise
-        self._count(grads, message)
+        own: Mapping[str, Decoded] = {}
+        if self._differs:
+            message = notice(DIFFERS, head_size, self._device)
+        else:
+            try:
+                message, own = self.sender.encode(grads, loss_scale=self._scale)
+            except Exception:
+                # The other ranks wait for a head.
+                failed = notice(FAILED, head_size, self._device)
+                with contextlib.suppress(RuntimeError):
+                    self._gather(failed, head_size, grads).result()
+                raise
+            self._traffic.count(message.numel(), grads, self.sender.report())
         pending = self._gather(message, head_size, grads)
-        rank = self.transport.rank
-        return CompressedAverage(pending, grads, self.fail, own, self.receiver, self._shares, rank)
+        return CompressedAverage(
+            pending,
+            grads,
+            self.fail,
+            own,
+            self.sender.uncompressed(),
+            self.receiver,
+            self._shares,
+            self.transport.rank,
+            self._spoil,
+        )
 
     def _gather(
         self, message: Tensor, head_size: int, grads: Mapping[str, Tensor]
     ) -> Pending[list[Tensor]]:
         return self.transport.begin_gather(message, head_size, body_length, min(grads))
 
-    def _count(self, grads: Mapping[str, Tensor], message: Tensor) -> None:
-        self._message_bytes += message.numel()
-        for name, report in self.sender.report().items():
-            traffic = self._traffic[name]
-            traffic.message_bytes += report.bytes
-            traffic.dense_bytes += grads[name].numel() * grads[name].element_size()
-            traffic.recycled += report.recycled
-            traffic.steps += 1
-
     def verify_ranks_match(self) -> None:
         """Compare what the ranks were given, and exchange their weights and steps.
 
-        All ranks do so together. `begin` calls this before the first step, and after an elastic
-        engine has changed the ranks; in that case look-back gradients are dropped, and the next
-        step is sent in full. A rank that joins goes on at the step of the others.
+        All ranks do so together. `begin` calls this before the first step, after an elastic engine
+        has changed the ranks, and after a rank has loaded a state or undone a step. Look-back
+        gradients that not all ranks hold are dropped on all of them, with a warning, and the next
+        step has them in full. A rank that joins goes on at the step of the others.
 
         Raises
         ------
         ValueError
             On every rank, if the ranks were given different compressors or models.
         """
-        if self._members is not None:
-            self.reset()
-            self._members = None
+        self._members = None
         digest = hashlib.blake2b(self.description.encode(), digest_size=DIGEST_SIZE).digest()
         mine = digest + struct.pack("<qd", self.step, self._weight)
         data = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device)
@@ -281,6 +379,17 @@ class Averager:
         total = sum(weight for _, weight in numbers)
         self._shares = [weight / total for _, weight in numbers]
         self._members = self.transport.rank, self.transport.size
+        self._differs, self._common_step = False, None
+        if self.compressor.receiver_has_state:
+            dropped = drop_unshared(self.transport, self.sender, self.receiver, self._device)
+            if dropped:
+                counts = ", ".join(f"{n} tensors of rank {r}" for r, n in dropped.items())
+                warnings.warn(
+                    f"the ranks do not hold the same look-back gradients of {counts}, as after "
+                    "loading states of different steps or ranks: they are dropped on all ranks, "
+                    "and the next step has them in full",
+                    stacklevel=2,
+                )
 
     def _raise_difference(self) -> None:
         """Raise `ValueError` that names the first difference between two ranks."""
@@ -304,32 +413,24 @@ class Averager:
             their ``ratio``, ``recycled_share`` (the share of tensors sent as a coefficient alone),
             and ``parameters``: the same by parameter, without the messages' own bytes.
         """
-        total = Traffic(message_bytes=self._message_bytes)
-        for traffic in self._traffic.values():
-            total.dense_bytes += traffic.dense_bytes
-            total.recycled += traffic.recycled
-            total.steps += traffic.steps
-        return {
-            **total.stats(),
-            "parameters": {name: traffic.stats() for name, traffic in self._traffic.items()},
-        }
+        return self._traffic.stats()
 
     def reset(self) -> None:
-        """Forget all look-back gradients: the next step is sent in full. Residuals stay.
+        """Forget all look-back gradients: the next step is sent in full. Residuals stay."""
+        self._forget()
+        self._ask_to_compare()
 
-        All ranks do so before the same step.
-        """
+    def _forget(self) -> None:
         self.sender.reset()
         for rank in self.receiver.senders():
             self.receiver.drop(rank)
+        self._versions = None
 
     def rejoin(self) -> None:
         """Prepare for a step among ranks that may be others, and in other states.
 
-        Look-back gradients are dropped, and `verify_ranks_match` is needed. A step that failed is
-        forgotten.
+        `verify_ranks_match` is needed. A step that failed is forgotten.
         """
-        self.reset()
         self._members = None
         self._failure = None
 
@@ -347,24 +448,31 @@ class Averager:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state as a nested dict of tensors and numbers.
 
-        Every rank has a state of its own, and must save it. `torch.load` reads it with
-        ``weights_only=True``.
+        Every rank has a state of its own, and must save it, or `gather_state_dict`. `torch.load`
+        reads it with ``weights_only=True``.
         """
         rank, size = self._members or (self.transport.rank, self.transport.size)
-        return {
-            "format": FORMAT,
-            "rank": rank,
-            "world_size": size,
-            "step": self.step,
-            "sender": self.sender.state_dict(),
-            "receiver": self.receiver.state_dict(),
-        }
+        return save_rank(rank, size, self.step, self.sender, self.receiver)
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        """Return the states of all ranks on rank 0, and an empty dict on the others.
+
+        For jobs in which rank 0 alone saves. All ranks call it together. `load_state_dict` takes
+        the dict on every rank, and gives it its own part, bit for bit. It is in the memory of the
+        host, and about as large as the states of all ranks together: for each rank a residual for
+        each `ErrorFeedback` and the look-back gradients.
+        """
+        if not self.ranks_match:
+            self.verify_ranks_match()
+        return gather_states(self.transport, self.step, self.sender, self.receiver, self._device)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called. All ranks do so before the same step.
+        """Go on where `state_dict` or `gather_state_dict` was called.
 
-        If the state is that of another rank or of another number of ranks, look-back gradients are
-        dropped with a warning, and the next step is sent in full.
+        Any ranks may call it, between two steps. The next step compares the states of all ranks
+        first, and drops, on all of them, look-back gradients that not all hold (see
+        `verify_ranks_match`). A rank keeps its own seed. Of the state of another rank it takes no
+        residual, with a warning.
 
         Raises
         ------
@@ -372,38 +480,46 @@ class Averager:
             If it is the state of another compressor or model, or no such state. This averager is
             then unchanged.
         """
-        self.restore(state)
-        found = state["rank"], state["world_size"]
-        if found != (self.transport.rank, self.transport.size):
+        check_saved(state, type(self).__name__)
+        rank = self.transport.rank
+        state = part_of_rank(state, rank, self.receiver)
+        if state["rank"] != rank:
+            # Nothing of another rank's sender is of use, but the state is checked as a whole.
+            self._check_sender(state["sender"])
+            fresh = Sender(self.compressor, seed=rank).state_dict()
             warnings.warn(
-                f"the state is that of rank {found[0]} of {found[1]}, this is rank "
-                f"{self.transport.rank} of {self.transport.size}: look-back gradients are dropped, "
-                "and the next step is full",
+                f"the state is that of rank {state['rank']} of {state['world_size']}, and this is "
+                f"rank {rank} of {self.transport.size}: its residual and its seed are not taken; "
+                "save the state of every rank, or gather_state_dict()",
                 stacklevel=2,
             )
-            self.reset()
+            state = {**state, "sender": fresh}
+        self.restore(state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Do `load_state_dict` without comparing ranks, which an elastic engine may not know yet.
 
         `rejoin` has to follow, or a check that the ranks are those of the state.
         """
-        if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
-            raise ValueError(
-                f"this is not a state that {type(self).__name__}.state_dict() returned"
-            )
-        if state["format"] != FORMAT:
-            raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
+        check_saved(state, type(self).__name__)
+        state = on_device(state, self._device)
         before = self.sender.state_dict()
+        self._check_sender(state["sender"])
         self.sender.load_state_dict(state["sender"])
         try:
-            self._check_tensors(state["sender"]["tensors"])
             self.receiver.load_state_dict(state["receiver"])
         except ValueError:
             self.sender.load_state_dict(before)
             raise
+        self._ask_to_compare()
+        self._in_step, self._spoiled, self._versions = False, False, None
         self.step = state["step"]
         self._failure = None
+
+    def _check_sender(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless a state is one of a sender for these parameters."""
+        Sender(self.compressor).load_state_dict(state)
+        self._check_tensors(state["tensors"])
 
     def _check_tensors(self, tensors: Mapping[str, Any]) -> None:
         """Raise `ValueError` unless the tensors of a sender's state are those of the parameters."""
@@ -416,19 +532,3 @@ class Averager:
                     f"the state is that of another model: its tensor {name!r} has shape and dtype "
                     f"{found}, and the parameter has {self._likes[name]}"
                 )
-
-
-def body_length(head: bytes, rank: int) -> int:
-    """Return how many bytes of a rank's message follow its head.
-
-    Raises
-    ------
-    PayloadError
-        If the message has another version of the wire format.
-    RuntimeError
-        If the head is zeros: the rank could not encode its gradients.
-    """
-    # No version is 0.
-    if not any(head[:8]):
-        raise RuntimeError(f"rank {rank} failed before it could send: see the error there")
-    return body_size(head)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbgm_compress.collective.average import Average
+from lbgm_compress.collective.average import Average, RanksDiffer
 from lbgm_compress.collective.averager import Averager
 
 __all__ = ["BackgroundAverager", "Worker", "ready_event", "stream_after"]
@@ -22,12 +22,31 @@ __all__ = ["BackgroundAverager", "Worker", "ready_event", "stream_after"]
 END_TIMEOUT = 5.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
-    """An average that has begun, and what takes it."""
+    """Gradients of a step that are averaged together."""
 
-    average: Average
+    grads: Mapping[str, Tensor]
     deliver: Callable[[Average | None], None]
+    """Takes the average; see `BackgroundAverager.submit`."""
+    ready: Any
+    """The event after which the gradients are there."""
+    device: torch.device
+    average: Average | None = None
+    """The average, once it has begun."""
+    delivered: bool = False
+
+    def finish(self) -> None:
+        """Deliver the average."""
+        assert self.average is not None
+        self.deliver(self.average)
+        self.delivered, self.average = True, None
+
+    def fail(self) -> None:
+        """Say that there is no average, unless it is delivered already."""
+        if not self.delivered:
+            self.deliver(None)
+            self.delivered = True
 
 
 class BackgroundAverager(Averager):
@@ -42,7 +61,11 @@ class BackgroundAverager(Averager):
         super().__init__(*arguments, **options)
         # Whether a step has begun and not ended.
         self.under_way = False
+        self._submitted: list[Bucket] = []
+        # Those that have begun and are not finished.
         self._pending: list[Bucket] = []
+        # Whether the step has to begin again, after the states of the ranks have been compared.
+        self._again = False
         self._error: BaseException | None = None
         self._worker = Worker(self)
 
@@ -52,7 +75,8 @@ class BackgroundAverager(Averager):
         Raises
         ------
         ValueError
-            On every rank, if the ranks were given different compressors or models.
+            On every rank, if the ranks were given different compressors or models; or if the loss
+            scale is not a finite number above 0.
         RuntimeError
             If an earlier step failed.
         """
@@ -61,6 +85,7 @@ class BackgroundAverager(Averager):
         self.check_usable()
         if not self.ranks_match:
             self._worker.run(self.verify_ranks_match)
+        self.open_step()
         self.under_way = True
 
     def submit(
@@ -77,18 +102,22 @@ class BackgroundAverager(Averager):
             waiting, or at the end of the step; or with None if the step has failed.
         """
         device = next(iter(grads.values())).device
-        ready = ready_event(device)
+        bucket = Bucket(grads, deliver, ready_event(device), device)
 
         def task() -> None:
+            self._submitted.append(bucket)
             if self._error is not None:
-                deliver(None)
                 return
-            with stream_after(ready, device):
+            with stream_after(bucket.ready, device):
                 try:
-                    bucket = Bucket(self.begin(grads), deliver)
+                    bucket.average = self.begin(grads)
+                except RanksDiffer:
+                    # The rest of the step is exchanged all the same, since ranks may learn of it
+                    # at different times.
+                    self._again = True
+                    return
                 except BaseException as error:
                     self._error = error
-                    deliver(None)
                     return
                 self._pending.append(bucket)
                 while self._pending and self._first_is_ready():
@@ -111,12 +140,21 @@ class BackgroundAverager(Averager):
         super().end_step()
 
     def abandon_step(self) -> None:
-        """Wait until all averages are delivered, and neither count the step nor keep its error."""
+        """Wait until all averages are delivered, and take the step back without its error."""
         begun = self.under_way
         self._wait()
         if begun:
             # No step begins after a failure, so that this one is of the abandoned step.
             self._failure = None
+            self._take_back()
+            self._ask_to_compare()
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        gathered: dict[str, Any] = {}
+        self._worker.run(
+            lambda: gathered.update(super(BackgroundAverager, self).gather_state_dict())
+        )
+        return gathered
 
     def _wait(self) -> BaseException | None:
         self._worker.run(self._finish_all)
@@ -127,23 +165,43 @@ class BackgroundAverager(Averager):
     def _finish_all(self) -> None:
         while self._pending:
             self._finish_first()
+        if self._again and self._error is None:
+            self._begin_again()
+        self._again = False
+        for bucket in self._submitted:
+            bucket.fail()
+        self._submitted.clear()
+
+    def _begin_again(self) -> None:
+        """Compare the states of all ranks, and do the whole step, of which nothing is delivered."""
+        try:
+            self._compare_again()
+            for bucket in self._submitted:
+                with stream_after(bucket.ready, bucket.device):
+                    bucket.average = self.begin(bucket.grads)
+                    bucket.finish()
+        except BaseException as error:
+            self._error = error
 
     def _first_is_ready(self) -> bool:
+        average = self._pending[0].average
+        assert average is not None
         try:
-            return self._pending[0].average.ready()
+            return average.ready()
         except BaseException as error:
             self._error = error
             return True
 
     def _finish_first(self) -> None:
         bucket = self._pending.pop(0)
-        if self._error is None:
-            try:
-                bucket.deliver(bucket.average)
-                return
-            except BaseException as error:
-                self._error = error
-        bucket.deliver(None)
+        if self._error is not None:
+            return
+        try:
+            bucket.finish()
+        except RanksDiffer:
+            self._again = True
+        except BaseException as error:
+            self._error = error
 
 
 class Worker:

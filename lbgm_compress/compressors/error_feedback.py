@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbgm_compress.compressor import Encoding, State, all_finite, raw
+from lbgm_compress.compressor import Encoding, State, all_finite, raw, zero
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wrapper import Wrapper
 
@@ -22,6 +22,9 @@ class ErrorFeedback(Wrapper):
     corrected = gradient + residual; residual = corrected - decoded. For a float16 or bfloat16
     gradient the residual is float32, so that small remainders are not rounded away. Payloads are
     those of `inner`, and so is the receiver's state.
+
+    A zero gradient is sent as zero, and the residual stays: what a layer that is not in use has not
+    sent yet waits until it is used again.
 
     Parameters
     ----------
@@ -46,14 +49,36 @@ class ErrorFeedback(Wrapper):
     def has_residual(self) -> bool:
         return True
 
+    def rescale(self, state: State, factor: float) -> State:
+        state = super().rescale(state, factor)
+        if "residual" in state:
+            state["residual"] = state["residual"] * factor
+        return state
+
+    def give_back(self, state: State, tensor: Tensor) -> State:
+        residual = _wide(tensor).clone(memory_format=torch.contiguous_format)
+        if "residual" in state:
+            residual += state["residual"]
+        return {"inner": {}, **state, "residual": residual}
+
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if grads and grads[0].device.type == "cpu":
             # There is nothing to synchronise. One at a time, a tensor is still in the cache when
             # its residual is taken.
             return [
-                self._encode([grad], [state])[0] for grad, state in zip(grads, states, strict=True)
+                zero(self, grad, state)
+                if _is_zero(grad) and not self.fixed_size
+                else self._encode([grad], [state])[0]
+                for grad, state in zip(grads, states, strict=True)
             ]
-        return self._encode(grads, states)
+        encodings = self._encode(grads, states)
+        if self.fixed_size or not grads:
+            return encodings
+        used = torch.stack([grad.any() for grad in grads]).tolist()
+        return [
+            encoding if nonzero else zero(self, grad, state)
+            for grad, state, encoding, nonzero in zip(grads, states, encodings, used, strict=True)
+        ]
 
     def _encode(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         corrected = [
@@ -75,6 +100,13 @@ class ErrorFeedback(Wrapper):
             state = {"residual": residual, "inner": encoding.state}
             results.append(encoding._replace(state=state))
         return results
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Return whether all elements of a tensor on the CPU are zero."""
+    flat = tensor.reshape(-1)
+    # Hardly ever are all of a few elements zero, and not the others.
+    return not flat[:: max(flat.numel() // 16, 1)].any() and not flat.any()
 
 
 def _wide(grad: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lbgm_compress.compressor import (
     State,
     owned,
     raw,
+    zero,
 )
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.norm_budget import NormBudget
@@ -49,8 +50,8 @@ class LBGM(Wrapper):
       receiver uses rho * l. The gradient is *recycled*.
     - Else g is sent in full, and l becomes g at both ends. So it is in the first round.
 
-    A zero gradient is recycled with rho = 0. A gradient is also sent in full if rho * l would leave
-    the range of its dtype, or rho that of float32.
+    A zero gradient is recycled with rho = 0, and never becomes l. A gradient is also sent in full
+    if rho * l would leave the range of its dtype, or rho that of float32.
 
     The head of a payload is its kind and rho (float32). A recycled gradient has no body. For a full
     one rho is 1, and the body is the inner payload without its kind.
@@ -125,7 +126,13 @@ class LBGM(Wrapper):
         return False
 
     def forget(self, state: State) -> State:
-        return {"inner": self.inner_state(state)}
+        return {"inner": self.inner_state(state), **_unit_of(state)}
+
+    def rescale(self, state: State, factor: float) -> State:
+        state = super().rescale(state, factor)
+        if isinstance(self.delta, NormBudget):
+            state["unit"] = state.get("unit", 1.0) * factor
+        return state
 
     def own_state(self, state: State) -> State:
         return {name: value for name, value in state.items() if name != "look_back"}
@@ -150,11 +157,15 @@ class LBGM(Wrapper):
             LookBack(state["look_back"], state["square_norm"]) if "look_back" in state else None
             for state in states
         ]
-        decisions = self.decide([encoding.decoded for encoding in inner], look_backs)
+        units = [state.get("unit", 1.0) for state in states]
+        decisions = self.decide([encoding.decoded for encoding in inner], look_backs, units)
         results = []
         for grad, state, encoding, decision in zip(grads, states, inner, decisions, strict=True):
             if encoding.head[0] & RAW or not math.isfinite(decision.square_norm):
                 results.append(raw(self, grad, state))
+                continue
+            if not decision.recycled and decision.square_norm == 0:
+                results.append(zero(self, grad, {**state, "inner": encoding.state}))
                 continue
             head, body = self.pack(decision, encoding, grad.device)
             if decision.recycled:
@@ -166,6 +177,7 @@ class LBGM(Wrapper):
                     "look_back": owned(decoded, grad),
                     "square_norm": decision.square_norm,
                     "inner": encoding.state,
+                    **_unit_of(state),
                 }
             results.append(Encoding(head, body, decoded, state, decision.phase_error))
         return results
@@ -176,7 +188,8 @@ class LBGM(Wrapper):
             LookBack(state["reference"], state["square_norm"]) if "reference" in state else None
             for state in states
         ]
-        decisions = self.decide([Dense(grad) for grad in grads], look_backs)
+        units = [state.get("unit", 1.0) for state in states]
+        decisions = self.decide([Dense(grad) for grad in grads], look_backs, units)
         results: dict[int, Encoding] = {}
         for i, (grad, state, decision) in enumerate(zip(grads, states, decisions, strict=True)):
             if not math.isfinite(decision.square_norm):
@@ -199,6 +212,8 @@ class LBGM(Wrapper):
     ) -> Encoding:
         if inner.head[0] & RAW:
             return raw(self, grad, state)
+        if decision.square_norm == 0:
+            return zero(self, grad, state)
         payload = inner.payload(grad.device)[1:]
         state = {
             "look_back": payload,
@@ -206,12 +221,16 @@ class LBGM(Wrapper):
             "reference": grad.clone(memory_format=torch.contiguous_format),
             "square_norm": decision.square_norm,
             "inner": inner.state,
+            **_unit_of(state),
         }
         head = _head(FULL, 1.0)
         return Encoding(head, lambda: payload, inner.decoded, state, decision.phase_error)
 
     def decide(
-        self, gradients: Sequence[Decoded], look_backs: Sequence[LookBack | None]
+        self,
+        gradients: Sequence[Decoded],
+        look_backs: Sequence[LookBack | None],
+        units: Sequence[float] | None = None,
     ) -> list[Decision]:
         """Decide for each gradient whether it is recycled, with one device synchronisation.
 
@@ -221,6 +240,8 @@ class LBGM(Wrapper):
             The gradients g, as the inner compressor decodes them.
         look_backs
             The look-back gradient of each; None before the first full gradient.
+        units
+            The loss scale of each, in whose units a `NormBudget` is; 1 unless given.
 
         Returns
         -------
@@ -235,10 +256,11 @@ class LBGM(Wrapper):
         if len({product.dtype for product in products}) > 1:
             products = [product.double() for product in products]
         numbers = torch.stack(products).tolist()
+        units = [1.0] * len(gradients) if units is None else units
         return [
-            self._decision(gradient, look_back, gg, gl)
-            for gradient, look_back, gg, gl in zip(
-                gradients, look_backs, numbers[::2], numbers[1::2], strict=True
+            self._decision(gradient, look_back, gg, gl, unit)
+            for gradient, look_back, gg, gl, unit in zip(
+                gradients, look_backs, numbers[::2], numbers[1::2], units, strict=True
             )
         ]
 
@@ -270,7 +292,7 @@ class LBGM(Wrapper):
         return _head(FULL, 1.0), lambda: inner.payload(device)[1:]
 
     def _decision(
-        self, gradient: Decoded, look_back: LookBack | None, gg: float, gl: float
+        self, gradient: Decoded, look_back: LookBack | None, gg: float, gl: float, unit: float
     ) -> Decision:
         """Decide from <g, g> and <g, l>, which were taken in float32 at least."""
         ll = gg if look_back is None else look_back.square_norm
@@ -280,22 +302,22 @@ class LBGM(Wrapper):
                 return Decision(False, 1.0, None, gg)
             rho = gl / ll
             phase_error = 1.0 - (gl / gg) * rho
-            if abs(phase_error - self._limit(gg)) > MARGIN:
+            if abs(phase_error - self._limit(gg, unit)) > MARGIN:
                 angle = Angle(gg, max(phase_error, 0.0), rho, abs(gl) / math.sqrt(ll))
         if angle is None:
             angle = _exact_angle(gradient.dense(), None if look_back is None else look_back[0])
         if look_back is None or angle.phase_error is None:
             return Decision(False, 1.0, angle.phase_error, angle.square_norm)
-        recycled = angle.phase_error <= self._limit(angle.square_norm) and _usable(
+        recycled = angle.phase_error <= self._limit(angle.square_norm, unit) and _usable(
             angle, look_back.gradient
         )
         rho = _rounded(angle.rho) if recycled else 1.0
         return Decision(recycled, rho, angle.phase_error, angle.square_norm)
 
-    def _limit(self, square_norm: float) -> float:
+    def _limit(self, square_norm: float, unit: float) -> float:
         """Return the largest phase error at which a gradient with this |g|^2 is recycled."""
         if isinstance(self.delta, NormBudget):
-            return self.delta.limit(square_norm)
+            return self.delta.limit(square_norm / unit / unit)
         return self.delta
 
     # --- the receiver ----------------------------------------------------------------------------
@@ -424,6 +446,11 @@ def _usable(angle: Angle, look_back: Tensor) -> bool:
 def _within_range(rho: float, largest: float, like: Tensor) -> bool:
     """Return whether rho times an element of this magnitude stays within the range of the dtype."""
     return abs(rho) * largest * 1.001 <= torch.finfo(like.dtype).max
+
+
+def _unit_of(state: State) -> State:
+    """Return the entry of a state that outlives a look-back gradient."""
+    return {"unit": state["unit"]} if "unit" in state else {}
 
 
 def _head(kind: int, rho: float) -> bytes:

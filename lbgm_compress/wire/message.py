@@ -29,6 +29,8 @@ every head is a set of flags, its *kind*::
     4   USES  the receiver needs the look-back gradient that it holds for this tensor
     8   SETS  the receiver holds a new look-back gradient afterwards
 
+Without any flag the tensor is zero, and the rest of the head is zeros.
+
 A look-back gradient is identified by the random number of the message that set it. So two different
 ones are never confused after a lost or repeated message, a restart, or a return to an older
 checkpoint.
