@@ -95,7 +95,10 @@ class SignSGD(Compressor):
         return Signs(body[size:], scale, like), state
 
     def finish(self, mean: Tensor) -> Tensor:
-        return mean.sign() if self.vote else mean
+        if not self.vote:
+            return mean
+        # The sign of inf would hide it, and the ranks apply a step that they should skip.
+        return torch.where(mean.isfinite(), mean.sign(), mean)
 
     def _mean_magnitude(self, flat: Tensor) -> Tensor:
         # The sum cannot overflow if the terms are divided first.
