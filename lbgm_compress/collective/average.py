@@ -12,6 +12,7 @@ from torch import Tensor
 from lbgm_compress.collective.transport import Pending
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.endpoints import Receiver
+from lbgm_compress.wire.errors import OutOfSyncError
 
 __all__ = ["Average", "CompressedAverage", "DenseAverage", "RanksDiffer", "sum_dtype"]
 
@@ -121,9 +122,14 @@ class CompressedAverage(Average):
                 for name, decoded in self._own.items():
                     decoded.add_to(sums[name], share)
             else:
-                uncompressed.update(
-                    self._receiver.accumulate(rank, message, sums, share, names=self._grads)
-                )
+                try:
+                    found = self._receiver.accumulate(rank, message, sums, share, names=self._grads)
+                except OutOfSyncError:
+                    raise OutOfSyncError(
+                        f"rank {rank} recycles look-back gradients that this rank does not hold, "
+                        "as after a sender was changed by hand: load a checkpoint on every rank"
+                    ) from None
+                uncompressed.update(found)
         # The sums have the same bits on all ranks, so that all ranks come to the same conclusion.
         if not all(sums[name].isfinite().all() for name in uncompressed):
             self._spoil()

@@ -54,10 +54,8 @@ def gather_states(
     """
     rank, size = transport.rank, transport.size
     held = receiver.state_dict()["senders"]
-    if rank == SECOND:
-        held = {FIRST: held.get(FIRST, {})}
-    elif rank != FIRST:
-        held = {}
+    if rank != FIRST:
+        held = {FIRST: held[FIRST]} if rank == SECOND and FIRST in held else {}
     file = io.BytesIO()
     torch.save({"sender": sender.state_dict(), "held": held}, file)
     gathered = _gather_to_first(transport, file.getvalue(), device)
