@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lbgm_compress.collective.background import Worker
 from lbgm_compress.collective.heads import body_length
 from lbgm_compress.collective.transport import gather_texts
 from tests.laws import assert_same_bits
+from tests.rank_threads import Ranks
 from tests.ranks import run_ranks
 from tests.transport_laws import check_transport
 
@@ -212,16 +215,31 @@ def test_average_has_the_dtypes_and_shapes_of_the_gradients():
     assert averager.stats()["message_bytes"] > 0
 
 
-def test_ranks_that_have_changed_are_compared_again_and_sent_everything():
-    transport = Mirror()
-    averager = Averager(LBGM(), {"w": torch.empty(400)}, transport)
-    for size, full in ((2, True), (2, False), (3, True), (3, False)):
-        transport.size = size
-        before = averager.stats()["message_bytes"]
-        assert_same_bits(averager.average(ones(400)), ones(400))
-        assert (averager.stats()["message_bytes"] - before > 1600) == full
-        assert averager.ranks_match
-    assert averager.share == 1 / 3
+def test_rank_that_joins_is_sent_everything_and_one_that_leaves_costs_nothing():
+    averagers = []
+
+    def steps(ranks):
+        """Let all ranks make three steps, and return whether each of these was full."""
+        for rank in range(len(averagers), ranks.size):
+            averagers.append(Averager(LBGM(), {"w": torch.empty(400)}, ranks.transports[rank]))
+        del averagers[ranks.size :]
+        for averager, transport in zip(averagers, ranks.transports, strict=True):
+            averager.transport = transport
+        full = []
+        for _ in range(3):
+            before = averagers[0].stats()["message_bytes"]
+            found = ranks.run(lambda rank: averagers[rank].average(ones(400)))
+            assert_same_bits(found, [ones(400)] * ranks.size)
+            full.append(averagers[0].stats()["message_bytes"] - before > 1600)
+        assert all(averager.ranks_match for averager in averagers)
+        assert averagers[0].share == 1 / ranks.size
+        ranks.close()
+        return full
+
+    assert steps(Ranks(2)) == [True, False, False]
+    with pytest.warns(UserWarning, match="1 tensor of rank 0, 1 tensor of rank 1, as after"):
+        assert steps(Ranks(3)) == [True, False, False]
+    assert steps(Ranks(2)) == [False, False, False]
 
 
 def test_lines_that_must_match_are_compared():
@@ -321,3 +339,94 @@ def test_thread_is_over_when_its_owner_is_gone():
     worker.run(lambda: None)
     del owner
     assert not thread.is_alive()
+
+
+class Alone(Transport):
+    rank, size = 0, 1
+
+    def gather_equal(self, data):
+        return data.view(1, -1).clone()
+
+
+def with_residual(steps=3):
+    """Return an averager, a parameter, and the residual from before its last step."""
+    parameter = torch.nn.Parameter(torch.zeros(8))
+    averager = Averager(ErrorFeedback(TopK(0.2)), {"w": parameter}, Alone())
+    for step in range(steps):
+        before = residual_of(averager)
+        parameter.grad = averager.average({"w": torch.arange(8.0) + step})["w"]
+    return averager, parameter, before
+
+
+def residual_of(averager):
+    tensors = averager.sender.state_dict()["tensors"]
+    return tensors["w"]["state"]["residual"] if tensors else None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD([p], lr=0.1, foreach=False),
+        lambda p: torch.optim.SGD([p], lr=0.1, fused=True),
+        lambda p: torch.optim.AdamW([p], lr=0.1, fused=True),
+        lambda p: torch.optim.AdamW([p], lr=0.1, foreach=True),
+    ],
+)
+def test_step_that_an_optimizer_has_applied_is_not_undone(make):
+    averager, parameter, before = with_residual()
+    other = torch.nn.Parameter(torch.zeros(8))
+    other.grad = torch.ones(8)
+    make(other).step()
+    after = residual_of(averager)
+    make(parameter).step()
+    averager.undo()
+    assert_same_bits(residual_of(averager), after)
+    assert not torch.equal(after, before)
+
+
+def test_step_that_other_code_has_applied_is_not_undone():
+    averager, parameter, _ = with_residual()
+    after = residual_of(averager)
+    with torch.no_grad():
+        parameter -= parameter.grad
+    averager.undo()
+    assert_same_bits(residual_of(averager), after)
+
+
+def test_step_that_another_optimizer_has_made_is_undone():
+    averager, _, before = with_residual()
+    other = torch.nn.Parameter(torch.zeros(8))
+    other.grad = torch.ones(8)
+    torch.optim.SGD([other], lr=0.1).step()
+    averager.undo()
+    assert_same_bits(residual_of(averager), before)
+    averager.undo()
+    assert_same_bits(residual_of(averager), before)
+
+
+def test_applied_step_frees_what_undoing_it_would_need():
+    kept, parameter, before = with_residual()
+    old = weakref.ref(before)
+    del before
+    gc.collect()
+    assert old() is not None
+    torch.optim.SGD([parameter], lr=0.1).step()
+    assert old() is None
+    del kept
+
+
+def test_averager_goes_with_its_last_reference():
+    averager, parameter, _ = with_residual()
+    gone = weakref.ref(averager)
+    del averager
+    gc.collect()
+    assert gone() is None
+    torch.optim.SGD([parameter], lr=0.1).step()
+
+
+def test_undo_within_a_step_is_an_error():
+    averager = background(ErrorFeedback(TopK(0.5)))[0]
+    averager.begin_step()
+    with pytest.raises(RuntimeError, match="within a step: call it after the backward pass"):
+        averager.undo()
+    averager.end_step()

@@ -14,7 +14,6 @@ import itertools
 import math
 import struct
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from lbgm_compress._util.checks import check_flag, check_number, check_whole
 from lbgm_compress._util.ends import on_device
 from lbgm_compress.collective.agreement import drop_unshared
+from lbgm_compress.collective.applied import Parameters
 from lbgm_compress.collective.average import (
     Average,
     CompressedAverage,
@@ -151,7 +151,7 @@ class Averager:
         self.description = "\n".join([*lines, *must_match])
         self._members: tuple[int, int] | None = None
         self._scale = 1.0
-        self._watched = [weakref.ref(p) for p in parameters.values()]
+        self._watched = Parameters(parameters.values(), self._applied)
         # Whether a step has begun, and whether its averages have inf or nan.
         self._in_step = self._spoiled = False
         # The versions of the parameters at the end of a step that can be taken back.
@@ -259,10 +259,9 @@ class Averager:
         if self._spoiled:
             self._take_back()
         elif self.undoable:
-            self._versions = self._parameter_versions()
+            self._versions = self._watched.versions()
         else:
-            self.sender.commit()
-            self.receiver.commit()
+            self._commit()
 
     def undo(self) -> None:
         """Take the last step back: its gradients were not applied, and are not to be.
@@ -281,7 +280,7 @@ class Averager:
             raise RuntimeError("undo() needs undoable=True, with which the state was not built")
         if self._in_step:
             raise RuntimeError("undo() within a step: call it after the backward pass")
-        if self._versions is not None and self._versions == self._parameter_versions():
+        if self._versions is not None and self._versions == self._watched.versions():
             self._take_back()
             # Should other ranks have applied the step, they do not hold what this one does.
             self._ask_to_compare()
@@ -294,9 +293,15 @@ class Averager:
     def _spoil(self) -> None:
         self._spoiled = True
 
-    def _parameter_versions(self) -> list[int]:
-        """Return counts of the changes of each parameter."""
-        return [-1 if (p := ref()) is None else p._version for ref in self._watched]
+    def _applied(self) -> None:
+        """Free what would be needed to take back the last step, which has been applied."""
+        if self._versions is not None:
+            self._commit()
+
+    def _commit(self) -> None:
+        self.sender.commit()
+        self.receiver.commit()
+        self._versions = None
 
     def _ask_to_compare(self) -> None:
         """Have the next step compare the states of all ranks first."""
@@ -383,7 +388,9 @@ class Averager:
         if self.compressor.receiver_has_state:
             dropped = drop_unshared(self.transport, self.sender, self.receiver, self._device)
             if dropped:
-                counts = ", ".join(f"{n} tensors of rank {r}" for r, n in dropped.items())
+                counts = ", ".join(
+                    f"{n} tensor{'s' * (n > 1)} of rank {r}" for r, n in dropped.items()
+                )
                 warnings.warn(
                     f"the ranks do not hold the same look-back gradients of {counts}, as after "
                     "loading states of different steps or ranks: they are dropped on all ranks, "
