@@ -52,20 +52,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import enum
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.batches import by_batch, is_small
+from lbgm_compress._util.contents import Content, all_finite, contents, square_sum
 from lbgm_compress.decoded import Decoded, Dense, Zero
 from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes, from_bytes
 
 __all__ = [
+    "BODY_HEAD",
     "DTYPES",
     "Compressor",
     "Encoding",
@@ -78,11 +79,13 @@ __all__ = [
     "check_gradient",
     "contents",
     "raw",
+    "returning",
     "square_sum",
     "zero",
 ]
 
 State = dict[str, Any]
+BODY_HEAD = bytes([Kind.BODY])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -289,16 +292,41 @@ class Compressor(abc.ABC):
         """
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        """Compress several gradients of any content."""
+        """Compress several gradients of any content and shape."""
+        return by_batch(self.encode_together, grads, states)
+
+    def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        """Compress gradients of any content that are one batch (`lbgm_compress._util.batches`)."""
+        found = contents(grads)
+        usual = [c is Content.NUMBERS or (c is Content.ZERO and self.fixed_size) for c in found]
+        chosen = [i for i, is_usual in enumerate(usual) if is_usual]
+        of_these = [grads[i] for i in chosen], [states[i] for i in chosen]
+        if is_small(grads[0]) and chosen and self._has_latest("encode", "encode_small"):
+            encoded = iter(self.encode_small(*of_these))
+        else:
+            encoded = map(self.encode, *of_these)
         results = []
-        for grad, state, content in zip(grads, states, contents(grads), strict=True):
-            if content is Content.NOT_FINITE:
-                results.append(raw(self, grad, state))
-            elif content is Content.ZERO and not self.fixed_size:
-                results.append(zero(self, grad, state))
+        for grad, state, content, is_usual in zip(grads, states, found, usual, strict=True):
+            if is_usual:
+                results.append(next(encoded))
             else:
-                results.append(self.encode(grad, state))
+                other = raw if content is Content.NOT_FINITE else zero
+                results.append(other(self, grad, state))
         return results
+
+    def encode_small(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        """Compress gradients of few elements on the CPU, all of one shape and dtype.
+
+        They are finite, and not zero. A compressor overrides this to stack them, as calls of torch
+        for each take longer than the elements. The encodings are those of `encode`, bit for bit.
+        """
+        return list(map(self.encode, grads, states))
+
+    def _has_latest(self, one: str, *several: str) -> bool:
+        """Return whether no class overrides the method `one` without one of `several`."""
+        methods = {one, *several}
+        owner = next(cls for cls in type(self).__mro__ if methods & vars(cls).keys())
+        return any(method in vars(owner) for method in several)
 
     @abc.abstractmethod
     def decode(
@@ -359,6 +387,75 @@ class Compressor(abc.ABC):
             )
         return decoded, new
 
+    def read_batch(
+        self,
+        heads: Sequence[bytes],
+        bodies: Sequence[Tensor | None],
+        states: Sequence[State],
+        likes: Sequence[Tensor],
+    ) -> list[tuple[Decoded, State]]:
+        """Decode payloads for several tensors: results and errors of `read`, one a payload."""
+
+        def read(
+            likes: Sequence[Tensor],
+            heads: Sequence[bytes],
+            bodies: Sequence[Tensor | None],
+            states: Sequence[State],
+        ) -> list[tuple[Decoded, State]]:
+            if is_small(likes[0]) and self._has_latest("decode", "read_small", "decode_small"):
+                return self.read_small(heads, bodies, states, likes)
+            return list(map(self.read, heads, bodies, states, likes))
+
+        return by_batch(read, likes, heads, bodies, states)
+
+    def read_small(
+        self,
+        heads: Sequence[bytes],
+        bodies: Sequence[Tensor | None],
+        states: Sequence[State],
+        likes: Sequence[Tensor],
+    ) -> list[tuple[Decoded, State]]:
+        """Decode payloads of any kind for tensors as those of `encode_small`.
+
+        Results and errors are those of `read`, one a payload. By default, payloads of the kind
+        ``BODY`` alone and of one size go to `decode_small`, and the others to `read`.
+        """
+        found: list[Any] = [None] * len(heads)
+        alike: dict[tuple[bytes, int], list[int]] = {}
+        for i, (head, body) in enumerate(zip(heads, bodies, strict=True)):
+            alike.setdefault((head, -1 if body is None else body.numel()), []).append(i)
+        for (head, _), positions in alike.items():
+            decoded = None
+            if head == BODY_HEAD:
+                chosen = [body for i in positions if (body := bodies[i]) is not None]
+                decoded = self.decode_small(torch.stack(chosen).to(likes[0].device), likes[0])
+            for k, i in enumerate(positions):
+                if decoded is None:
+                    found[i] = self.read(heads[i], bodies[i], states[i], likes[i])
+                else:
+                    found[i] = decoded[k], states[i]
+        return found
+
+    def decode_small(self, bodies: Tensor, like: Tensor) -> Sequence[Decoded] | None:
+        """Decode payloads of the kind ``BODY`` alone for tensors as those of `encode_small`.
+
+        A compressor that overrides `encode_small` overrides this, too.
+
+        Parameters
+        ----------
+        bodies
+            The bodies, of one size, stacked (k x size, uint8).
+        like
+            Shape, dtype and device of all the tensors.
+
+        Returns
+        -------
+        list
+            The decoded tensors; or None if a body is unusual or wrong. They are then decoded one by
+            one.
+        """
+        return None
+
 
 def check_compressor(compressor: Any) -> None:
     """Raise `TypeError` unless `compressor` is one."""
@@ -388,47 +485,9 @@ def check_gradient(grad: Tensor, name: str | None = None) -> None:
         raise TypeError(f"{which} must be one of {names}, not {grad.dtype}")
 
 
-class Content(enum.Enum):
-    """Content of a gradient."""
-
-    NUMBERS = enum.auto()
-    """Finite, and not all zero."""
-    ZERO = enum.auto()
-    """Zero in all elements, or without elements."""
-    NOT_FINITE = enum.auto()
-    """With inf or nan."""
-
-
-def contents(tensors: Sequence[Tensor]) -> list[Content]:
-    """Return the content of each tensor, with one device synchronisation."""
-    if not tensors:
-        return []
-    # One read gives the sum of squares, which is finite and above 0 in nearly all cases. Else it
-    # may come from overflow or underflow, and needs a second look.
-    sums = torch.stack([square_sum(tensor) for tensor in tensors]).tolist()
-    return [
-        Content.NUMBERS if 0 < total < math.inf else _content(tensor)
-        for tensor, total in zip(tensors, sums, strict=True)
-    ]
-
-
-def _content(tensor: Tensor) -> Content:
-    if not tensor.isfinite().all():
-        return Content.NOT_FINITE
-    return Content.NUMBERS if tensor.any() else Content.ZERO
-
-
-def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Return whether each tensor is finite (no inf, no nan), with one device synchronisation."""
-    return [content is not Content.NOT_FINITE for content in contents(tensors)]
-
-
-def square_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of squares (0-d, float64), without a device synchronisation."""
-    flat = tensor.reshape(-1)
-    if flat.dtype.itemsize < 4:
-        flat = flat.float()
-    return torch.dot(flat, flat).double()
+def returning(body: Tensor) -> Callable[[], Tensor]:
+    """Return a function that returns `body`, for `Encoding.body`."""
+    return lambda: body
 
 
 def raw(compressor: Compressor, grad: Tensor, state: State) -> Encoding:

@@ -7,11 +7,27 @@ sums have the same bits.
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Decoded", "Dense", "LowRank", "Scaled", "Sparse", "Zero", "flat_dots", "working_dtype"]
+from lbgm_compress._util.batches import by_batch, copies, is_small, rows, stack
+
+__all__ = [
+    "Decoded",
+    "Dense",
+    "LowRank",
+    "Scaled",
+    "Sparse",
+    "Zero",
+    "add_all",
+    "flat_dots",
+    "missing_from_all",
+    "stacked",
+    "working_dtype",
+]
 
 
 def flat_dots(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -36,6 +52,11 @@ class Decoded(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> Tensor:
         """Return the dense tensor, which may share memory with this object."""
+
+    @classmethod
+    def dense_stack(cls, decoded: Sequence[Any]) -> Tensor:
+        """Return the dense tensors of several objects of this class, of one shape, stacked."""
+        return stack([one.dense() for one in decoded])
 
     def add_to(self, out: Tensor, weight: float) -> None:
         """Add `weight` times the tensor to `out`, rounding after the product and after the sum."""
@@ -70,6 +91,10 @@ class Dense(Decoded):
     def dense(self) -> Tensor:
         return self.tensor
 
+    @classmethod
+    def dense_stack(cls, decoded: Sequence[Dense]) -> Tensor:
+        return stack([one.tensor for one in decoded])
+
 
 class Scaled(Decoded):
     """A multiple of a tensor, with positive zeros."""
@@ -81,6 +106,14 @@ class Scaled(Decoded):
     def dense(self) -> Tensor:
         # Adding zero turns -0.0, which a sparse tensor does not keep, into 0.0.
         return (self.tensor.dense() * self.factor).add_(0.0)
+
+    @classmethod
+    def dense_stack(cls, decoded: Sequence[Scaled]) -> Tensor:
+        unscaled = stacked([one.tensor for one in decoded])
+        # As with a number, products are computed in float32 at least, and rounded once.
+        factors = torch.tensor([one.factor for one in decoded], dtype=working_dtype(unscaled))
+        products = rows(unscaled) * factors[:, None]
+        return products.to(unscaled.dtype).add_(0.0).view(unscaled.shape)
 
 
 class Sparse(Decoded):
@@ -94,6 +127,16 @@ class Sparse(Decoded):
     def dense(self) -> Tensor:
         out = self.values.new_zeros(self.shape)
         out.view(-1)[self.indices] = self.values
+        return out
+
+    @classmethod
+    def dense_stack(cls, decoded: Sequence[Sparse]) -> Tensor:
+        first, size = decoded[0], decoded[0].shape.numel()
+        out = first.values.new_zeros((len(decoded), *first.shape))
+        counts = torch.tensor([len(one.indices) for one in decoded])
+        starts = (torch.arange(len(decoded)) * size).repeat_interleave(counts)
+        indices = torch.cat([one.indices for one in decoded]).add_(starts)
+        out.view(-1)[indices] = torch.cat([one.values for one in decoded])
         return out
 
     def add_to(self, out: Tensor, weight: float) -> None:
@@ -118,6 +161,12 @@ class Zero(Decoded):
 
     def dense(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    @classmethod
+    def dense_stack(cls, decoded: Sequence[Zero]) -> Tensor:
+        first = decoded[0]
+        shape = len(decoded), *first.shape
+        return torch.zeros(shape, dtype=first.dtype, device=first.device)
 
     def add_to(self, out: Tensor, weight: float) -> None:
         pass
@@ -166,3 +215,50 @@ class LowRank(Decoded):
             return False
         largest = float(self.left.abs().max()) * float(self.right.abs().max())
         return largest * self.left.shape[1] < 0.5 * torch.finfo(self.dtype).max
+
+
+def stacked(decoded: Sequence[Decoded]) -> Tensor:
+    """Return the dense tensors of several of one shape and dtype, stacked in new memory."""
+    classes = {type(one) for one in decoded}
+    if len(classes) == 1:
+        return classes.pop().dense_stack(decoded)
+    parts = []
+    order: list[int] = []
+    for each in classes:
+        positions = [i for i, one in enumerate(decoded) if type(one) is each]
+        parts.append(each.dense_stack([decoded[i] for i in positions]))
+        order += positions
+    whole = torch.cat(parts)
+    ordered = torch.empty_like(whole)
+    ordered[order] = whole
+    return ordered
+
+
+def add_all(decoded: Sequence[Decoded], outs: Sequence[Tensor], weight: float) -> None:
+    """Call `Decoded.add_to` for several tensors of any shapes.
+
+    Where `out` holds -0.0 and a small tensor 0.0, the sum may be 0.0.
+    """
+    by_batch(lambda outs, decoded: _add(decoded, outs, weight), outs, decoded)
+
+
+def _add(decoded: Sequence[Decoded], outs: Sequence[Tensor], weight: float) -> Sequence[None]:
+    if is_small(outs[0]):
+        terms = stacked(decoded).to(outs[0].dtype).mul_(weight)
+        torch._foreach_add_(list(outs), list(terms.unbind()))
+    else:
+        for one, out in zip(decoded, outs, strict=True):
+            one.add_to(out, weight)
+    return [None] * len(outs)
+
+
+def missing_from_all(decoded: Sequence[Decoded], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `Decoded.missing_from` returns, for several tensors of any shapes."""
+    return by_batch(_missing, tensors, decoded)
+
+
+def _missing(tensors: Sequence[Tensor], decoded: Sequence[Decoded]) -> Sequence[Tensor]:
+    if not is_small(tensors[0]) or any(isinstance(one, LowRank) for one in decoded):
+        return [one.missing_from(tensor) for one, tensor in zip(decoded, tensors, strict=True)]
+    rest = stack(tensors)
+    return copies(rest.sub_(stacked(decoded).to(rest.dtype)))

@@ -88,14 +88,25 @@ class Wrapper(Compressor):
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         encodings = self.inner.encode_batch(grads, [self.inner_state(state) for state in states])
         return [
-            encoding._replace(state={**state, "inner": encoding.state})
-            for encoding, state in zip(encodings, states, strict=True)
+            Encoding(head, body, decoded, {**state, "inner": inner_state}, phase_error)
+            for (head, body, decoded, inner_state, phase_error), state in zip(
+                encodings, states, strict=True
+            )
         ]
 
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
     ) -> tuple[Decoded, State]:
         return self.inner.decode(head, body, state, like)
+
+    def read_small(
+        self,
+        heads: Sequence[bytes],
+        bodies: Sequence[Tensor | None],
+        states: Sequence[State],
+        likes: Sequence[Tensor],
+    ) -> list[tuple[Decoded, State]]:
+        return self.inner.read_batch(heads, bodies, states, likes)
 
     @staticmethod
     def inner_state(state: State) -> State:

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbgm_compress.compressor import Encoding, State, all_finite, raw, zero
+from lbgm_compress._util.batches import by_batch, is_small, stack
+from lbgm_compress._util.contents import all_finite, nonzero
+from lbgm_compress.compressor import Encoding, State, raw, zero
+from lbgm_compress.decoded import missing_from_all
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wrapper import Wrapper
 
 __all__ = ["ErrorFeedback"]
+
+RAW = int(Kind.RAW)
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,51 +67,52 @@ class ErrorFeedback(Wrapper):
         return {"inner": {}, **state, "residual": residual}
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        if grads and grads[0].device.type == "cpu":
-            # There is nothing to synchronise. One at a time, a tensor is still in the cache when
-            # its residual is taken.
-            return [
-                zero(self, grad, state)
-                if _is_zero(grad) and not self.fixed_size
-                else self._encode([grad], [state])[0]
-                for grad, state in zip(grads, states, strict=True)
-            ]
-        encodings = self._encode(grads, states)
-        if self.fixed_size or not grads:
-            return encodings
-        used = torch.stack([grad.any() for grad in grads]).tolist()
+        # One batch after the other: a tensor is still in the cache when its residual is taken.
+        return by_batch(self.encode_together, grads, states)
+
+    def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        used = [True] * len(grads) if self.fixed_size else nonzero(grads)
+        chosen = [i for i, is_used in enumerate(used) if is_used]
+        encodings = iter(self._encode([grads[i] for i in chosen], [states[i] for i in chosen]))
         return [
-            encoding if nonzero else zero(self, grad, state)
-            for grad, state, encoding, nonzero in zip(grads, states, encodings, used, strict=True)
+            next(encodings) if is_used else zero(self, grad, state)
+            for grad, state, is_used in zip(grads, states, used, strict=True)
         ]
 
     def _encode(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        corrected = [
-            grad + state["residual"] if "residual" in state else _wide(grad)
-            for grad, state in zip(grads, states, strict=True)
-        ]
+        if not grads:
+            return []
+        corrected = _corrected(grads, [state.get("residual") for state in states])
         narrow = [c.to(grad.dtype) for c, grad in zip(corrected, grads, strict=True)]
         inner = self.inner.encode_batch(narrow, [self.inner_state(s) for s in states])
+        missing = missing_from_all([encoding.decoded for encoding in inner], corrected)
         results = []
-        for i, finite in enumerate(all_finite(narrow)):
-            grad, state, encoding = grads[i], states[i], inner[i]
+        for grad, state, encoding, rest, finite in zip(
+            grads, states, inner, missing, all_finite(narrow), strict=True
+        ):
             if not finite:
                 results.append(raw(self, grad, state))
                 continue
-            if encoding.head[0] & Kind.RAW:
-                residual = torch.zeros_like(corrected[i], memory_format=torch.contiguous_format)
-            else:
-                residual = encoding.decoded.missing_from(corrected[i])
-            state = {"residual": residual, "inner": encoding.state}
-            results.append(encoding._replace(state=state))
+            if encoding.head[0] & RAW:
+                rest = torch.zeros_like(rest)
+            head, body, decoded, inner_state, phase_error = encoding
+            state = {"residual": rest, "inner": inner_state}
+            results.append(Encoding(head, body, decoded, state, phase_error))
         return results
 
 
-def _is_zero(tensor: Tensor) -> bool:
-    """Return whether all elements of a tensor on the CPU are zero."""
-    flat = tensor.reshape(-1)
-    # Hardly ever are all of a few elements zero, and not the others.
-    return not flat[:: max(flat.numel() // 16, 1)].any() and not flat.any()
+def _corrected(grads: Sequence[Tensor], residuals: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the sums of gradients and residuals, in float32 at least; a batch of them."""
+    if not is_small(grads[0]):
+        return [
+            _wide(grad) if residual is None else grad + residual
+            for grad, residual in zip(grads, residuals, strict=True)
+        ]
+    first = _wide(grads[0])
+    # Adding -0.0 changes nothing, also not another -0.0.
+    nothing = torch.full_like(first, -0.0)
+    added = [nothing if residual is None else residual for residual in residuals]
+    return list((stack(grads) + stack(added)).unbind())
 
 
 def _wide(grad: Tensor) -> Tensor:

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lbgm_compress.compressor import Compressor, Encoding, State, dense_from_bytes
+from lbgm_compress.compressor import (
+    BODY_HEAD,
+    Compressor,
+    Encoding,
+    State,
+    dense_from_bytes,
+)
 from lbgm_compress.decoded import Decoded, Dense
-from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes
 
 __all__ = ["Identity"]
@@ -34,14 +39,19 @@ class Identity(Compressor):
         return True
 
     def encode(self, grad: Tensor, state: State) -> Encoding:
-        head = bytes([Kind.BODY])
-        return Encoding(head, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
+        return Encoding(BODY_HEAD, lambda: as_bytes(grad.contiguous()), Dense(grad), state)
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         # Inf and nan need no other treatment here, and looking for them takes time.
-        return [self.encode(grad, state) for grad, state in zip(grads, states, strict=True)]
+        return list(map(self.encode, grads, states))
 
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
     ) -> tuple[Decoded, State]:
         return dense_from_bytes(body, like), state
+
+    def decode_small(self, bodies: Tensor, like: Tensor) -> list[Decoded] | None:
+        if bodies.shape[1] != like.numel() * like.dtype.itemsize:
+            return None
+        stack = bodies.view(like.dtype).view(len(bodies), *like.shape)
+        return [Dense(tensor) for tensor in stack.unbind()]

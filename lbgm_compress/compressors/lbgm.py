@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import struct
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.batches import by_batch, copies, is_small
 from lbgm_compress._util.checks import check_number
 from lbgm_compress.compressor import (
+    BODY_HEAD,
     Compressor,
     Encoding,
     OutOfSyncError,
@@ -23,10 +24,11 @@ from lbgm_compress.compressor import (
     raw,
     zero,
 )
+from lbgm_compress.compressors.angle import Angle, exact_angle, products, stacked_products
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.norm_budget import NormBudget
-from lbgm_compress.compressors.numerics import CHUNK, MARGIN, SQUARES, magnitude
-from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.compressors.numerics import MARGIN, SQUARES, magnitude
+from lbgm_compress.decoded import Decoded, Dense, stacked
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wrapper import Wrapper
 
@@ -35,6 +37,7 @@ __all__ = ["LBGM", "Decision", "LookBack"]
 RECYCLED = Kind.USES
 RAW = int(Kind.RAW)
 FULL = Kind.SETS | Kind.BODY
+FULL_HEAD = struct.pack("<Bf", FULL, 1.0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,6 +153,9 @@ class LBGM(Wrapper):
     # --- the sender ------------------------------------------------------------------------------
 
     def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        return by_batch(self.encode_together, grads, states)
+
+    def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if self.compare == "raw":
             return self._encode_raw(grads, states)
         inner = self.inner.encode_batch(grads, [self.inner_state(state) for state in states])
@@ -158,28 +164,38 @@ class LBGM(Wrapper):
             for state in states
         ]
         units = [state.get("unit", 1.0) for state in states]
-        decisions = self.decide([encoding.decoded for encoding in inner], look_backs, units)
+        gradients = [encoding.decoded for encoding in inner]
+        decisions = self._decide(grads, gradients, look_backs, units)
+        full = [
+            i
+            for i, (encoding, decision) in enumerate(zip(inner, decisions, strict=True))
+            if not (decision.recycled or encoding.head[0] & RAW)
+            and 0 < decision.square_norm < math.inf
+        ]
+        sent = dict(zip(full, _owned(gradients, grads, full), strict=True))
         results = []
-        for grad, state, encoding, decision in zip(grads, states, inner, decisions, strict=True):
-            if encoding.head[0] & RAW or not math.isfinite(decision.square_norm):
-                results.append(raw(self, grad, state))
-                continue
-            if not decision.recycled and decision.square_norm == 0:
-                results.append(zero(self, grad, {**state, "inner": encoding.state}))
-                continue
-            head, body = self.pack(decision, encoding, grad.device)
-            if decision.recycled:
-                decoded = Dense(state["look_back"]).scaled(decision.rho)
-                state = {**state, "inner": encoding.state}
-            else:
+        for i, (grad, state, encoding, decision) in enumerate(
+            zip(grads, states, inner, decisions, strict=True)
+        ):
+            if i in sent:
                 decoded = encoding.decoded
-                state = {
-                    "look_back": owned(decoded, grad),
+                new = {
+                    "look_back": sent[i],
                     "square_norm": decision.square_norm,
                     "inner": encoding.state,
                     **_unit_of(state),
                 }
-            results.append(Encoding(head, body, decoded, state, decision.phase_error))
+            elif encoding.head[0] & RAW or not math.isfinite(decision.square_norm):
+                results.append(raw(self, grad, state))
+                continue
+            elif not decision.recycled:
+                results.append(zero(self, grad, {**state, "inner": encoding.state}))
+                continue
+            else:
+                decoded = Dense(state["look_back"]).scaled(decision.rho)
+                new = {**state, "inner": encoding.state}
+            head, body = self.pack(decision, encoding, grad.device)
+            results.append(Encoding(head, body, decoded, new, decision.phase_error))
         return results
 
     def _encode_raw(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
@@ -189,7 +205,7 @@ class LBGM(Wrapper):
             for state in states
         ]
         units = [state.get("unit", 1.0) for state in states]
-        decisions = self.decide([Dense(grad) for grad in grads], look_backs, units)
+        decisions = self._decide(grads, [Dense(grad) for grad in grads], look_backs, units)
         results: dict[int, Encoding] = {}
         for i, (grad, state, decision) in enumerate(zip(grads, states, decisions, strict=True)):
             if not math.isfinite(decision.square_norm):
@@ -248,21 +264,24 @@ class LBGM(Wrapper):
         list
             A `Decision` for each gradient.
         """
-        if not gradients:
-            return []
-        products: list[Tensor] = []
-        for gradient, look_back in zip(gradients, look_backs, strict=True):
-            products += gradient.dots(None if look_back is None else look_back.gradient)
-        if len({product.dtype for product in products}) > 1:
-            products = [product.double() for product in products]
-        numbers = torch.stack(products).tolist()
-        units = [1.0] * len(gradients) if units is None else units
-        return [
-            self._decision(gradient, look_back, gg, gl, unit)
-            for gradient, look_back, gg, gl, unit in zip(
-                gradients, look_backs, numbers[::2], numbers[1::2], units, strict=True
-            )
+        likes = [
+            gradient.dense() if look_back is None else look_back.gradient
+            for gradient, look_back in zip(gradients, look_backs, strict=True)
         ]
+        units = [1.0] * len(gradients) if units is None else units
+        return by_batch(self._decide, likes, gradients, look_backs, units)
+
+    def _decide(
+        self,
+        likes: Sequence[Tensor],
+        gradients: Sequence[Decoded],
+        look_backs: Sequence[LookBack | None],
+        units: Sequence[float],
+    ) -> list[Decision]:
+        """Decide for one batch; `likes` have the shapes of the gradients."""
+        take = stacked_products if is_small(likes[0]) else products
+        squares, inner_products = take(gradients, [lb and lb.gradient for lb in look_backs])
+        return list(map(self._decision, gradients, look_backs, squares, inner_products, units))
 
     def pack(
         self, decision: Decision, inner: Encoding, device: torch.device
@@ -297,7 +316,7 @@ class LBGM(Wrapper):
         """Decide from <g, g> and <g, l>, which were taken in float32 at least."""
         ll = gg if look_back is None else look_back.square_norm
         angle = None
-        if all(SQUARES[0] < square < SQUARES[1] for square in (gg, ll)):
+        if SQUARES[0] < gg < SQUARES[1] and SQUARES[0] < ll < SQUARES[1]:
             if look_back is None:
                 return Decision(False, 1.0, None, gg)
             rho = gl / ll
@@ -305,7 +324,7 @@ class LBGM(Wrapper):
             if abs(phase_error - self._limit(gg, unit)) > MARGIN:
                 angle = Angle(gg, max(phase_error, 0.0), rho, abs(gl) / math.sqrt(ll))
         if angle is None:
-            angle = _exact_angle(gradient.dense(), None if look_back is None else look_back[0])
+            angle = exact_angle(gradient.dense(), None if look_back is None else look_back[0])
         if look_back is None or angle.phase_error is None:
             return Decision(False, 1.0, angle.phase_error, angle.square_norm)
         recycled = angle.phase_error <= self._limit(angle.square_norm, unit) and _usable(
@@ -340,12 +359,54 @@ class LBGM(Wrapper):
 
     def _look_back(self, state: State, like: Tensor) -> Decoded:
         """Decode the look-back gradient from the inner payload that `state` holds."""
-        payload = state["look_back"]
+        return self.inner.read(*self._split(state["look_back"], like), {}, like)[0]
+
+    def _split(self, payload: Tensor, like: Tensor) -> tuple[bytes, Tensor]:
+        """Return head and body of an inner payload that lacks its kind."""
         size = self.inner.head_size(like) - 1
         if payload.numel() < size:
             raise PayloadError(f"the inner payload has {payload.numel()} bytes, its head {size}")
-        head = bytes([Kind.BODY]) + payload[:size].cpu().numpy().tobytes()
-        return self.inner.read(head, payload[size:], {}, like)[0]
+        if not size:
+            return BODY_HEAD, payload
+        return BODY_HEAD + payload[:size].cpu().numpy().tobytes(), payload[size:]
+
+    def read_small(
+        self,
+        heads: Sequence[bytes],
+        bodies: Sequence[Tensor | None],
+        states: Sequence[State],
+        likes: Sequence[Tensor],
+    ) -> list[tuple[Decoded, State]]:
+        full = [
+            i
+            for i, (head, body) in enumerate(zip(heads, bodies, strict=True))
+            if head == FULL_HEAD and body is not None
+        ]
+        sent = [body.clone() for i in full if (body := bodies[i]) is not None]
+        payloads = dict(zip(full, sent, strict=True))
+        factors: dict[int, float] = {}
+        for i, (head, state) in enumerate(zip(heads, states, strict=True)):
+            if head[0] == RECYCLED and "look_back" in state:
+                [rho] = struct.unpack_from("<f", head, 1)
+                if math.isfinite(rho):
+                    factors[i], payloads[i] = rho, state["look_back"]
+        parts = [self._split(payload, likes[i]) for i, payload in payloads.items()]
+        look_backs = self.inner.read_batch(
+            [head for head, _ in parts],
+            [body for _, body in parts],
+            [{} for _ in parts],
+            [likes[i] for i in payloads],
+        )
+        found: dict[int, tuple[Decoded, State]] = {}
+        for (i, payload), (look_back, _) in zip(payloads.items(), look_backs, strict=True):
+            if i in factors:
+                found[i] = look_back.scaled(factors[i]), states[i]
+            else:
+                found[i] = look_back, {"look_back": payload}
+        return [
+            found.get(i) or self.read(heads[i], bodies[i], states[i], likes[i])
+            for i in range(len(heads))
+        ]
 
 
 class LookBack(NamedTuple):
@@ -382,56 +443,6 @@ class Decision(NamedTuple):
         return self.phase_error > delta + MARGIN
 
 
-class Angle(NamedTuple):
-    """The angle between a gradient g and its look-back gradient l."""
-
-    square_norm: float
-    """|g|^2; inf or nan only if g holds inf or nan."""
-    phase_error: float | None
-    """sin^2(alpha); None without a look-back gradient."""
-    rho: float
-    """<g, l> / |l|^2; nan for l = 0."""
-    projection: float
-    """|rho l|, which bounds every element of rho l."""
-
-
-def _exact_angle(grad: Tensor, look_back: Tensor | None) -> Angle:
-    """Take the angle in float64, on magnitudes scaled to 1, without cancellation."""
-    g_max = magnitude(grad)
-    if not math.isfinite(g_max):
-        return Angle(g_max, None, math.nan, math.nan)
-    l_max = 0.0 if look_back is None else magnitude(look_back)
-    if g_max == 0:
-        return Angle(0.0, None if look_back is None else 0.0, 0.0, 0.0)
-    gg = gl = ll = 0.0
-    for g, lb in _chunks(grad, g_max, look_back, l_max):
-        gg += float(torch.dot(g, g))
-        gl += float(torch.dot(g, lb))
-        ll += float(torch.dot(lb, lb))
-    square_norm = min(gg * g_max * g_max, sys.float_info.max)
-    if look_back is None:
-        return Angle(square_norm, None, math.nan, math.nan)
-    if l_max == 0:
-        return Angle(square_norm, 1.0, math.nan, math.nan)
-    missed = 0.0
-    for g, lb in _chunks(grad, g_max, look_back, l_max):
-        difference = g - gl / ll * lb
-        missed += float(torch.dot(difference, difference))
-    rho, projection = gl / ll * (g_max / l_max), abs(gl) / math.sqrt(ll) * g_max
-    return Angle(square_norm, min(missed / gg, 1.0), rho, projection)
-
-
-def _chunks(
-    grad: Tensor, g_max: float, look_back: Tensor | None, l_max: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pieces of both in float64, divided by their magnitude."""
-    flat = grad.reshape(-1)
-    other = flat if look_back is None else look_back.reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
-        yield flat[part].double() / g_max, other[part].double() / (l_max or 1.0)
-
-
 def _usable(angle: Angle, look_back: Tensor) -> bool:
     """Return whether rho is in the range of float32, and rho * l in that of its dtype."""
     rho, limits = angle.rho, torch.finfo(torch.float32)
@@ -446,6 +457,15 @@ def _usable(angle: Angle, look_back: Tensor) -> bool:
 def _within_range(rho: float, largest: float, like: Tensor) -> bool:
     """Return whether rho times an element of this magnitude stays within the range of the dtype."""
     return abs(rho) * largest * 1.001 <= torch.finfo(like.dtype).max
+
+
+def _owned(
+    gradients: Sequence[Decoded], grads: Sequence[Tensor], chosen: Sequence[int]
+) -> Sequence[Tensor]:
+    """Return the chosen gradients of a batch, dense and each in memory of its own."""
+    if chosen and is_small(grads[0]):
+        return copies(stacked([gradients[i] for i in chosen]))
+    return [owned(gradients[i], grads[i]) for i in chosen]
 
 
 def _unit_of(state: State) -> State:

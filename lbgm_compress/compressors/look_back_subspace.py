@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.batches import is_small, rows, stack
 from lbgm_compress._util.checks import check_choice, check_number, check_whole
 from lbgm_compress.compressor import (
+    BODY_HEAD,
     Compressor,
     Encoding,
     OutOfSyncError,
     PayloadError,
     State,
     raw,
+    returning,
     square_sum,
 )
 from lbgm_compress.compressors.numerics import MARGIN, SQUARES, magnitude
@@ -173,8 +176,10 @@ class LookBackSubspace(Compressor):
     def encode(self, grad: Tensor, state: State) -> Encoding:
         return self.encode_batch([grad], [state])[0]
 
-    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        squares = torch.stack([square_sum(grad) for grad in grads]).tolist() if grads else []
+    def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        if is_small(grads[0]) and self._sides(grads[0]) is None:
+            return super().encode_together(grads, states)
+        squares = torch.stack([square_sum(grad) for grad in grads]).tolist()
         begun = [self._begin(*of) for of in zip(grads, states, squares, strict=True)]
         works = [work for work in begun if isinstance(work, _Work)]
         later = [work for work in works if not work.first]
@@ -189,6 +194,16 @@ class LookBackSubspace(Compressor):
             if work.first:
                 self._start(work)
         return [self._finish(work) if isinstance(work, _Work) else work for work in begun]
+
+    def encode_small(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        # Tensors for which directions save nothing.
+        matrix = rows(stack(grads))
+        sections, values = encode_rows(matrix, self.values)
+        tensors = values.view(len(grads), *grads[0].shape).unbind()
+        return [
+            Encoding(BODY_HEAD, returning(section), Dense(tensor), state)
+            for section, tensor, state in zip(sections.unbind(), tensors, states, strict=True)
+        ]
 
     def _begin(self, grad: Tensor, state: State, square: float) -> _Work | Encoding:
         """Return the matrix to encode, or the encoding of a tensor that needs no directions."""
@@ -236,13 +251,13 @@ class LookBackSubspace(Compressor):
         projections = [work.projection for work in works]
         found = missed_directions(projections, [work.slots for work in works], self.refresh)
         changed = []
-        for work, rows in zip(works, found, strict=True):
-            work.slots = work.slots[: len(rows)]
+        for work, leading in zip(works, found, strict=True):
+            work.slots = work.slots[: len(leading)]
             if not work.slots:
                 continue
             count, projection = len(work.slots), work.projection
-            projection.spare = rows[count:][:SPARE].clone()
-            work.new_sections, new = encode_rows(rows[:count], work.directions)
+            projection.spare = leading[count:][:SPARE].clone()
+            work.new_sections, new = encode_rows(leading[:count], work.directions)
             work.sections = replaced(work.sections, work.slots, work.new_sections)
             projection.replace(work.slots, new)
             changed.append(projection)
@@ -251,9 +266,9 @@ class LookBackSubspace(Compressor):
     def _start(self, work: _Work) -> None:
         """Take the leading directions."""
         projection = work.projection
-        rows = projection.leading(self.rank + SPARE)
-        work.sections, projection.basis = encode_rows(rows[: self.rank], work.directions)
-        projection.spare = rows[self.rank :].clone()
+        leading = projection.leading(self.rank + SPARE)
+        work.sections, projection.basis = encode_rows(leading[: self.rank], work.directions)
+        projection.spare = leading[self.rank :].clone()
         projection.products = projection.matrix @ projection.basis.T
         invert([projection])
 
@@ -327,6 +342,14 @@ class LookBackSubspace(Compressor):
         coefficients = decode_values(body, len(basis) * m, values, dtype)
         coefficients = coefficients.reshape(len(basis), m).clone()
         return _low_rank(coefficients, basis, like), state
+
+    def decode_small(self, bodies: Tensor, like: Tensor) -> Sequence[Decoded] | None:
+        n = like.numel()
+        size = values_size(n, self.values, like.dtype)
+        if self._sides(like) is not None or bodies.shape[1] != size:
+            return None
+        values = decode_rows(bodies, n, self.values, like.dtype)
+        return [Dense(tensor) for tensor in values.view(len(bodies), *like.shape).unbind()]
 
     def _check_slots(self, slots: Sequence[int], held: int) -> None:
         total = held

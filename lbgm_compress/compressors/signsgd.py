@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.batches import rows, stack
 from lbgm_compress._util.checks import check_flag
-from lbgm_compress.compressor import Compressor, Encoding, PayloadError, State
+from lbgm_compress.compressor import (
+    BODY_HEAD,
+    Compressor,
+    Encoding,
+    PayloadError,
+    State,
+    returning,
+)
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.wire.bits import pack_fixed_on_device, unpack_fixed_on_device
-from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes, from_bytes
 
 __all__ = ["SignSGD"]
@@ -72,10 +80,10 @@ class SignSGD(Compressor):
             bits = torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
         else:
             bits = pack_fixed_on_device(positive.long(), 1)
-        scale = self._mean_magnitude(flat) if self.scaled else None
+        scale = self._mean_magnitudes(flat[None])[0] if self.scaled else None
         body = bits if scale is None else torch.cat([as_bytes(scale), bits])
         decoded = Signs(bits, scale, grad)
-        return Encoding(bytes([Kind.BODY]), lambda: body, decoded, state)
+        return Encoding(BODY_HEAD, lambda: body, decoded, state)
 
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
@@ -94,16 +102,48 @@ class SignSGD(Compressor):
                 raise PayloadError(f"the scale of the signs is {value}, not a finite magnitude")
         return Signs(body[size:], scale, like), state
 
+    def encode_small(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        matrix = rows(stack(grads))
+        bits = torch.from_numpy(np.packbits((matrix >= 0).numpy(), axis=1, bitorder="little"))
+        bodies = bits
+        scales: Sequence[Tensor | None] = [None] * len(grads)
+        if self.scaled:
+            column = self._mean_magnitudes(matrix)
+            bodies = torch.cat([column.view(torch.uint8), bits], 1)
+            scales = column.unbind()
+        return [
+            Encoding(BODY_HEAD, returning(body), Signs(row, scale, grad), state)
+            for body, row, scale, grad, state in zip(
+                bodies.unbind(), bits.unbind(), scales, grads, states, strict=True
+            )
+        ]
+
+    def decode_small(self, bodies: Tensor, like: Tensor) -> list[Decoded] | None:
+        size = _scale_dtype(like).itemsize if self.scaled else 0
+        if bodies.shape[1] != size + -(-like.numel() // 8):
+            return None
+        scales: Sequence[Tensor | None] = [None] * len(bodies)
+        if self.scaled:
+            column = bodies[:, :size].contiguous().view(_scale_dtype(like))
+            if not ((column >= 0) & (column < math.inf)).all():
+                return None
+            scales = column.unbind()
+        return [
+            Signs(bits, scale, like)
+            for bits, scale in zip(bodies[:, size:].unbind(), scales, strict=True)
+        ]
+
     def finish(self, mean: Tensor) -> Tensor:
         if not self.vote:
             return mean
         # The sign of inf would hide it, and the ranks apply a step that they should skip.
         return torch.where(mean.isfinite(), mean.sign(), mean)
 
-    def _mean_magnitude(self, flat: Tensor) -> Tensor:
+    def _mean_magnitudes(self, matrix: Tensor) -> Tensor:
+        """Return the mean magnitude of each row, as a column."""
         # The sum cannot overflow if the terms are divided first.
-        total = (flat.abs().to(_scale_dtype(flat)) / max(flat.numel(), 1)).sum().reshape(1)
-        return total.clamp(max=torch.finfo(flat.dtype).max)
+        terms = matrix.abs().to(_scale_dtype(matrix)) / max(matrix.shape[1], 1)
+        return terms.sum(1, keepdim=True).clamp(max=torch.finfo(matrix.dtype).max)
 
 
 def _scale_dtype(like: Tensor) -> torch.dtype:
@@ -127,3 +167,13 @@ class Signs(Decoded):
         if self.scale is not None:
             signs = signs * self.scale
         return signs.to(self.dtype).view(self.shape)
+
+    @classmethod
+    def dense_stack(cls, decoded: Sequence[Signs]) -> Tensor:
+        first = decoded[0]
+        octets = torch.stack([one.bits for one in decoded]).numpy()
+        signs = torch.from_numpy(np.take(SIGNS_FLOAT, octets, axis=0))
+        signs = signs.view(len(decoded), -1)[:, : first.count]
+        if first.scale is not None:
+            signs = signs * torch.stack([one.scale for one in decoded if one.scale is not None])
+        return signs.to(first.dtype).reshape(len(decoded), *first.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +11,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.batches import rows, stack
 from lbgm_compress._util.checks import check_choice, check_number
-from lbgm_compress.compressor import Compressor, Encoding, PayloadError, State
+from lbgm_compress.compressor import (
+    BODY_HEAD,
+    Compressor,
+    Encoding,
+    PayloadError,
+    State,
+    returning,
+)
 from lbgm_compress.decoded import Decoded, Sparse
 from lbgm_compress.wire.bits import read_varints, varint
-from lbgm_compress.wire.indices import decode_indices, encode_indices
-from lbgm_compress.wire.message import Kind
-from lbgm_compress.wire.values import PRECISIONS, decode_values, encode_values, values_size
+from lbgm_compress.wire.indices import (
+    decode_index_rows,
+    decode_indices,
+    encode_index_rows,
+    encode_indices,
+)
+from lbgm_compress.wire.values import (
+    PRECISIONS,
+    decode_rows,
+    decode_values,
+    encode_rows,
+    encode_values,
+    values_size,
+)
 
 __all__ = ["TopK"]
 
@@ -73,7 +93,7 @@ class TopK(Compressor):
                 [count.to(flat.device), section, encode_indices(indices, flat.numel())]
             )
 
-        return Encoding(bytes([Kind.BODY]), body, Sparse(indices, values, grad.shape), state)
+        return Encoding(BODY_HEAD, body, Sparse(indices, values, grad.shape), state)
 
     def decode(
         self, head: bytes, body: Tensor, state: State, like: Tensor
@@ -87,8 +107,63 @@ class TopK(Compressor):
         indices = decode_indices(body[end:], count, n)
         return Sparse(indices, values, like.shape), state
 
+    def encode_small(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+        matrix = rows(stack(grads))
+        n = matrix.shape[1]
+        order, counts = _ranking(matrix, self._count(n))
+        results: dict[int, Encoding] = {}
+        for count in set(counts.tolist()):
+            chosen = np.flatnonzero(counts == count)
+            indices = np.sort(order[chosen, :count], 1)
+            index_sections = encode_index_rows(indices, n)
+            if index_sections is None:
+                results.update((i, self.encode(grads[i], states[i])) for i in chosen.tolist())
+                continue
+            positions = torch.from_numpy(indices)
+            values = matrix[torch.from_numpy(chosen)].gather(1, positions)
+            sections, values = encode_rows(values, self.values)
+            front = torch.frombuffer(bytearray(varint(count)), dtype=torch.uint8)
+            fronts = front.expand(len(chosen), len(front))
+            bodies = torch.cat([fronts, sections, torch.from_numpy(index_sections)], 1)
+            for i, body, *entries in zip(
+                chosen.tolist(), bodies.unbind(), positions.unbind(), values.unbind(), strict=True
+            ):
+                decoded = Sparse(entries[0], entries[1], grads[i].shape)
+                results[i] = Encoding(BODY_HEAD, returning(body), decoded, states[i])
+        return [results[i] for i in range(len(grads))]
+
+    def decode_small(self, bodies: Tensor, like: Tensor) -> list[Decoded] | None:
+        n = like.numel()
+        # A number of entries in one byte, the same in all.
+        count = int(bodies[0, 0]) if bodies.numel() else 0
+        end = 1 + values_size(count, self.values, like.dtype)
+        if not 0 < count <= min(self._count(n), 127) or bodies.shape[1] < end:
+            return None
+        if (bodies[:, 0] != count).any():
+            return None
+        positions = decode_index_rows(bodies[:, end:].numpy(), count, n)
+        if positions is None:
+            return None
+        values = decode_rows(bodies[:, 1:end], count, self.values, like.dtype)
+        indices = torch.from_numpy(positions)
+        return [
+            Sparse(*entries, like.shape)
+            for entries in zip(indices.unbind(), values.unbind(), strict=True)
+        ]
+
     def _count(self, n: int) -> int:
         return min(n, max(1, round(self.ratio * n)))
+
+
+def _ranking(matrix: Tensor, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the indices of the `k` largest magnitudes of each row, largest first.
+
+    Besides, the number of them that are not zero. Of equal magnitudes the first come first.
+    """
+    wide = matrix.float() if matrix.dtype.itemsize < 4 else matrix
+    magnitudes = wide.abs().numpy()
+    order = np.argsort(-magnitudes, axis=1, kind="stable")[:, :k]
+    return order, np.minimum(np.count_nonzero(magnitudes, axis=1), k)
 
 
 def _largest(flat: Tensor, k: int) -> Tensor:

@@ -37,6 +37,7 @@ It takes ceil(log2 C(n, count)) bits, whatever the positions::
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -53,7 +54,7 @@ from lbgm_compress.wire.bits import (
 )
 from lbgm_compress.wire.errors import PayloadError
 
-__all__ = ["decode_indices", "encode_indices"]
+__all__ = ["decode_index_rows", "decode_indices", "encode_index_rows", "encode_indices"]
 
 RICE, FIXED, ENUMERATED = 0, 1, 2
 BLOCK = 128
@@ -109,6 +110,61 @@ def decode_indices(section: Tensor, count: int, n: int) -> Tensor:
         numbers = _decode_enumerated(section[1:].cpu().numpy().tobytes(), count, n)
         return torch.tensor(numbers, device=section.device)
     raise PayloadError(f"unknown coding {method} of {count} indices")
+
+
+def encode_index_rows(indices: Numbers, n: int) -> Bytes | None:
+    """Return the sections (k x size) of the rows of `indices` (k x count) at once.
+
+    None if they may have different sizes, or are too large to be computed together. Each section is
+    that of `encode_indices` on the CPU.
+    """
+    rows, count = indices.shape
+    if count in (0, n):
+        return np.empty((rows, 0), np.uint8)
+    binomials = _binomials(n, count)
+    if binomials is None:
+        return None
+    numbers = binomials[indices, np.arange(count)].sum(1)
+    sections = np.empty((rows, 1 + _size_enumerated(n, count)), np.uint8)
+    sections[:, 0] = ENUMERATED
+    sections[:, 1:] = numbers.astype("<i8")[:, None].view(np.uint8)[:, : sections.shape[1] - 1]
+    return sections
+
+
+def decode_index_rows(sections: Bytes, count: int, n: int) -> Numbers | None:
+    """Return the positions (k x count) of sections (k x size) at once.
+
+    None if they are not those of `encode_index_rows`: `decode_indices` reads them one by one, or
+    raises an error.
+    """
+    rows, size = sections.shape
+    if count in (0, n):
+        return np.tile(np.arange(count), (rows, 1)) if size == 0 else None
+    binomials = _binomials(n, count)
+    if binomials is None or size != 1 + _size_enumerated(n, count):
+        return None
+    octets = np.zeros((rows, 8), np.uint8)
+    octets[:, : size - 1] = sections[:, 1:]
+    numbers = octets.view("<i8")[:, 0].astype(np.int64)
+    if (sections[:, 0] != ENUMERATED).any() or (numbers >= math.comb(n, count)).any():
+        return None
+    positions = np.empty((rows, count), np.int64)
+    for i in reversed(range(count)):
+        positions[:, i] = np.searchsorted(binomials[:, i], numbers, "right") - 1
+        numbers -= binomials[positions[:, i], i]
+    return positions
+
+
+@functools.lru_cache(64)
+def _binomials(n: int, count: int) -> Numbers | None:
+    """Return C(position, i) for each position below n (rows) and each i from 1 to `count`.
+
+    None if the positions are not enumerated, or in more than 63 bits.
+    """
+    if count > FEW or math.comb(n, count) >= 1 << 63:
+        return None
+    table = [[math.comb(position, i) for i in range(1, count + 1)] for position in range(n)]
+    return np.array(table, np.int64)
 
 
 def _information(n: int, count: int) -> float:
