@@ -99,6 +99,7 @@ def check_laws(
     check_tensors(compressor, run)
     check_empty_states(compressor, run)
     check_ends(compressor, run)
+    check_steps(compressor, run)
     check_fixed_size(compressor, run[0])
     law = f"{compressor!r} leaves torch's global generator alone, and draws from its state's seed"
     assert_same_bits(torch.get_rng_state(), generator, law)
@@ -201,6 +202,32 @@ def check_truncations(compressor: Compressor, payload: Tensor, state: Any, like:
         else:
             assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
     assert_same_bits(state, before, f"{compressor!r}: a refused payload leaves the state alone")
+
+
+def check_steps(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:
+    """Check that an undone step leaves no trace, and that zero gradients change nothing."""
+    sender, receiver = Sender(compressor, seed=1), Receiver(compressor, like=run[0])
+    for grads in run:
+        before = copied((sender.state_dict(), receiver.state_dict()))
+        sender.begin_step()
+        receiver.begin_step()
+        # In two messages, and the second one twice.
+        names = list(grads)
+        for part in (names[: len(names) // 2], names[len(names) // 2 :], names[-1:]):
+            if part:
+                undone = {name: grads[name] * -3 for name in part}
+                receiver.decompress("worker", sender.compress(undone), part)
+        sender.undo()
+        receiver.undo()
+        law = f"{compressor!r}: an undone step leaves both ends as they were"
+        assert_same_bits((sender.state_dict(), receiver.state_dict()), before, law)
+        receiver.decompress("worker", sender.compress(grads))
+    before = copied((sender.state_dict(), receiver.state_dict()))
+    zeros = {name: torch.zeros_like(grad) for name, grad in run[0].items()}
+    for name, decoded in receiver.decompress("worker", sender.compress(zeros)).items():
+        assert not decoded.any(), f"{compressor!r}: the zero gradient {name!r} decodes to zeros"
+    law = f"{compressor!r}: zero gradients change no state"
+    assert_same_bits((sender.state_dict(), receiver.state_dict()), before, law)
 
 
 def check_ends(compressor: Compressor, run: Sequence[Mapping[str, Tensor]]) -> None:

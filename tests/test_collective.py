@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -16,11 +17,12 @@ from lbgm_compress.collective import (
     BackgroundAverager,
     ProcessGroupTransport,
     Transport,
+    saved,
 )
 from lbgm_compress.collective.background import Worker
 from lbgm_compress.collective.heads import body_length
 from lbgm_compress.collective.transport import gather_texts
-from tests.laws import assert_same_bits
+from tests.laws import assert_same_bits, saved_and_loaded
 from tests.rank_threads import Ranks
 from tests.ranks import run_ranks
 from tests.transport_laws import check_transport
@@ -339,6 +341,67 @@ def test_thread_is_over_when_its_owner_is_gone():
     worker.run(lambda: None)
     del owner
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("later", [2, 3, 4])
+@pytest.mark.parametrize(
+    "compressor", [ErrorFeedback(LBGM(TopK(0.2))), LookBackSubspace(2), TopK(0.3)], ids=repr
+)
+def test_gathered_state_gives_every_rank_its_own_part(compressor, later, monkeypatch):
+    monkeypatch.setattr(saved, "PIECE", 1000)
+
+    def build(ranks):
+        likes = {"w": torch.empty(20, 30), "b": torch.empty(30)}
+        return [Averager(compressor, likes, transport) for transport in ranks.transports]
+
+    def gradients(rank, step):
+        numbers = torch.Generator().manual_seed(10 * step + rank)
+        return {"w": torch.randn(20, 30, generator=numbers), "b": torch.ones(30)}
+
+    first, second = Ranks(3), Ranks(later)
+    before = build(first)
+    for step in range(3):
+        first.run(lambda rank, step=step: before[rank].average(gradients(rank, step)))
+    gathered, *nothing = first.run(lambda rank: before[rank].gather_state_dict())
+    assert nothing == [{}, {}]
+    gathered = saved_and_loaded(gathered)
+
+    after = build(second)
+    for rank, averager in enumerate(after):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            averager.load_state_dict(gathered)
+        if rank < 3:
+            assert caught == []
+            assert_same_bits(averager.sender.state_dict(), before[rank].sender.state_dict())
+            held = before[rank].receiver.state_dict()["senders"]
+            assert_same_bits(averager.receiver.state_dict()["senders"], held)
+        else:
+            assert "this is rank 3 of 4: its residual and its seed are not taken" in str(
+                caught[0].message
+            )
+        assert averager.step == 3
+    with warnings.catch_warnings():
+        # A new rank holds nothing of the others.
+        warnings.simplefilter("error" if later <= 3 else "ignore")
+        results = second.run(lambda rank: after[rank].average(gradients(rank, 3)))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+    if later == 3:
+        expected = first.run(lambda rank: before[rank].average(gradients(rank, 3)))
+        assert_same_bits(results, expected)
+
+
+def test_state_that_is_none_is_refused_and_changes_nothing():
+    averager = with_residual()[0]
+    before = averager.state_dict()
+    for wrong in ({}, {"format": 1}, None, {**before, "format": 9}):
+        with pytest.raises(ValueError, match=r"this is not a state|has format 9"):
+            averager.load_state_dict(wrong)
+    other = {**before, "rank": 1, "sender": {**before["sender"], "compressor": "LBGM()"}}
+    with pytest.raises(ValueError, match=r"the state is that of LBGM\(\)"):
+        averager.load_state_dict(other)
+    assert_same_bits(averager.state_dict(), before)
 
 
 class Alone(Transport):

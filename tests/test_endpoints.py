@@ -13,6 +13,7 @@ from lbgm_compress import (
     Atomo,
     ErrorFeedback,
     Identity,
+    NormBudget,
     OutOfSyncError,
     PayloadError,
     Receiver,
@@ -336,3 +337,127 @@ def test_receiver_reports_a_message_only_if_it_is_one():
     with pytest.raises(PayloadError):
         receiver.report(message[:-1])
     assert receiver.held_bytes("worker") == 0
+
+
+# --- steps that are not applied ------------------------------------------------------------------
+
+
+def test_undo_without_a_step_does_nothing():
+    sender, receiver = Sender(LBGM()), Receiver(LBGM(), like=gradients())
+    receiver.decompress(0, sender.compress(gradients()))
+    before = copy.deepcopy((sender.state_dict(), receiver.state_dict()))
+    sender.undo()
+    receiver.undo()
+    assert_same_bits((sender.state_dict(), receiver.state_dict()), before)
+    sender.begin_step()
+    sender.compress(gradients(1))
+    sender.commit()
+    after = sender.state_dict()
+    sender.undo()
+    assert_same_bits(sender.state_dict(), after)
+
+
+def test_undone_first_message_leaves_no_sender_at_the_receiver():
+    sender, receiver = Sender(LBGM()), Receiver(LBGM(), like=gradients())
+    receiver.begin_step()
+    receiver.decompress("worker", sender.compress(gradients()))
+    assert receiver.senders() == ["worker"]
+    receiver.undo()
+    assert receiver.senders() == []
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "compressor",
+    [ErrorFeedback(TopK(0.1)), ErrorFeedback(LBGM(TopK(0.1))), LBGM(ErrorFeedback(SignSGD()))],
+    ids=repr,
+)
+def test_message_that_is_given_back_is_in_the_residual_again(compressor, compact):
+    sender = Sender(compressor, compact=compact)
+    receiver = Receiver(compressor, like=gradients())
+    receiver.decompress(0, sender.compress(gradients(0)))
+    before = copy.deepcopy(residual_of(sender))
+    decoded = receiver.decompress(0, sender.compress(gradients(1)))
+    sender.give_back(decoded)
+    for name, grad in gradients(1).items():
+        assert torch.allclose(residual_of(sender)[name], before[name] + grad, atol=1e-5)
+
+
+def residual_of(sender):
+    found = {}
+    for name, entry in sender.state_dict()["tensors"].items():
+        state = entry["own" if sender.compact else "state"]
+        found[name] = state["residual"] if "residual" in state else state["inner"]["residual"]
+    return found
+
+
+def test_tensors_are_given_back_to_a_sender_that_has_lost_its_state():
+    sender = Sender(ErrorFeedback(TopK(0.1)))
+    sender.give_back(gradients())
+    assert_same_bits(residual_of(sender), gradients())
+    before = sender.state_dict()
+    with pytest.raises(ValueError, match="has shape and dtype"):
+        sender.give_back({"b": torch.ones(30), "a": torch.ones(2)})
+    assert_same_bits(sender.state_dict(), before)
+
+
+def test_giving_back_to_a_compressor_without_a_residual_does_nothing():
+    sender = Sender(LBGM(TopK(0.1)))
+    sender.give_back(gradients())
+    assert sender.state_dict()["tensors"] == {}
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (4.0, 4.0, 4.0), (1024.0, 4.0, 0.5)])
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        ErrorFeedback(TopK(0.1)),
+        LBGM(delta=NormBudget(4.0)),
+        LBGM(delta=NormBudget(4.0), compare="raw"),
+        ErrorFeedback(LBGM(TopK(0.2), NormBudget(3.0))),
+        LBGM(ErrorFeedback(TopK(0.2)), NormBudget(3.0)),
+    ],
+    ids=repr,
+)
+def test_loss_scale_changes_neither_residuals_nor_decisions(compressor, scales):
+    plain, scaled = Sender(compressor), Sender(compressor)
+    for round_, scale in enumerate(scales * 2):
+        if round_ == 3:
+            scaled.load_state_dict(saved_and_loaded(scaled.state_dict()))
+            scaled.reset()
+            plain.reset()
+        grads = {name: grad + round_ / 10 for name, grad in gradients().items()}
+        expected = plain.encode(grads)[1]
+        given = {name: grad * scale for name, grad in grads.items()}
+        found = scaled.encode(given, loss_scale=scale)[1]
+        assert [r.recycled for r in scaled.report().values()] == [
+            r.recycled for r in plain.report().values()
+        ]
+        for name in grads:
+            assert torch.allclose(found[name].dense() / scale, expected[name].dense(), atol=1e-6)
+    if compressor.has_residual:
+        kept = residual_of(plain)
+        for name, residual in residual_of(scaled).items():
+            assert torch.allclose(residual / scales[-1], kept[name], atol=1e-5)
+
+
+def test_state_from_before_loss_scales_is_one_without_a_scale():
+    sender = Sender(ErrorFeedback(TopK(0.1)))
+    sender.compress(gradients())
+    state = saved_and_loaded(sender.state_dict())
+    for entry in state["tensors"].values():
+        assert entry.pop("scale") == 1.0
+    other = Sender(ErrorFeedback(TopK(0.1)))
+    other.load_state_dict(state)
+    assert_same_bits(other.state_dict(), sender.state_dict())
+
+
+def test_digest_of_a_sender_is_that_of_its_receiver():
+    sender, receiver = Sender(LBGM()), Receiver(LBGM(), like=gradients())
+    receiver.decompress(0, sender.compress(gradients()))
+    assert torch.equal(sender.digest(), receiver.digest(0))
+    sender.reset(["a"])
+    receiver.drop(0, ["a"])
+    assert torch.equal(sender.digest(receiver.names()), receiver.digest(0))
+    assert not sender.digest(["a"]).any()
+    assert sender.digest(["b"]).any()
