@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.collective.transport import Pending
-from lbgm_compress.decoded import Decoded
+from lbgm_compress.decoded import Decoded, add_all
 from lbgm_compress.endpoints import Receiver
 from lbgm_compress.wire.errors import OutOfSyncError
 
@@ -119,8 +119,7 @@ class CompressedAverage(Average):
         uncompressed = set(self._uncompressed)
         for rank, (message, share) in enumerate(zip(messages, self._shares, strict=True)):
             if rank == self._rank:
-                for name, decoded in self._own.items():
-                    decoded.add_to(sums[name], share)
+                add_all(list(self._own.values()), [sums[name] for name in self._own], share)
             else:
                 try:
                     found = self._receiver.accumulate(rank, message, sums, share, names=self._grads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,14 @@ from lbgm_compress._util.ends import (
     sorted_names,
     tensor_bytes,
 )
-from lbgm_compress.compressor import Compressor, check_compressor, check_gradient, owned
-from lbgm_compress.decoded import Decoded
+from lbgm_compress.compressor import (
+    Compressor,
+    State,
+    check_compressor,
+    check_gradient,
+    owned,
+)
+from lbgm_compress.decoded import Decoded, add_all
 from lbgm_compress.endpoints.tensors import TensorReport, layout_of
 from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
 from lbgm_compress.wire.message import HEADER_SIZE, Kind, Message, look_back_check, recycles
@@ -143,8 +149,7 @@ class Receiver:
         likes = self._likes(names)
         check_targets(into, likes)
         decoded, states, uncompressed = self._read(sender_id, message, likes)
-        for name, tensor in decoded.items():
-            tensor.add_to(into[name], weight)
+        add_all(list(decoded.values()), [into[name] for name in decoded], weight)
         self._commit(sender_id, states)
         return uncompressed
 
@@ -303,18 +308,34 @@ class Receiver:
                 "with this receiver's digest)"
             )
 
-        decoded: dict[str, Decoded] = {}
-        states: dict[str, dict[str, Any]] = {}
-        for (name, like), head, body in zip(likes.items(), parts.heads, parts.bodies, strict=True):
-            state = held[name]["state"] if name in held else {}
-            try:
-                decoded[name], state = self.compressor.read(head, body, state, like)
-            except PayloadError as error:
-                raise type(error)(f"tensor {name!r}: {error}") from None
-            if head[0] & SETS:
-                states[name] = {"id": parts.identifier, "state": state}
+        states = [held[name]["state"] if name in held else {} for name in likes]
+        found = self._decode(parts, states, likes)
+        decoded = {name: tensor for name, (tensor, _) in zip(likes, found, strict=True)}
+        new = {
+            name: {"id": parts.identifier, "state": state}
+            for name, head, (_, state) in zip(likes, parts.heads, found, strict=True)
+            if head[0] & SETS
+        }
         uncompressed = [n for n, head in zip(likes, parts.heads, strict=True) if head[0] & RAW]
-        return decoded, states, uncompressed
+        return decoded, new, uncompressed
+
+    def _decode(
+        self, parts: Message, states: Sequence[State], likes: Mapping[str, Tensor]
+    ) -> list[tuple[Decoded, State]]:
+        """Decode all payloads of a message; an error names the tensor."""
+        read = self.compressor.read
+        payloads = parts.heads, parts.bodies, states
+        try:
+            return self.compressor.read_batch(*payloads, list(likes.values()))
+        except PayloadError:
+            for payload, (name, like) in zip(
+                zip(*payloads, strict=True), likes.items(), strict=True
+            ):
+                try:
+                    read(*payload, like)
+                except PayloadError as error:
+                    raise type(error)(f"tensor {name!r}: {error}") from None
+            raise
 
     def _unpack(self, message: Tensor, likes: Mapping[str, Tensor]) -> Message:
         if not isinstance(message, Tensor) or message.dtype != torch.uint8 or message.dim() != 1:

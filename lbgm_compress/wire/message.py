@@ -75,7 +75,7 @@ class Kind(enum.IntFlag):
 
 
 # Operations on members of an enumeration are slow.
-USES, SETS = int(Kind.USES), int(Kind.SETS)
+BODY, USES, SETS = int(Kind.BODY), int(Kind.USES), int(Kind.SETS)
 
 
 def recycles(kind: int) -> bool:
@@ -133,14 +133,14 @@ class Message:
 
     def numel(self) -> int:
         """Return the size in bytes of the whole message."""
-        identifier = 8 if any(head[0] & Kind.SETS for head in self.heads) else 0
+        identifier = 8 if any(head[0] & SETS for head in self.heads) else 0
         return HEADER_SIZE + identifier + sum(self.sizes())
 
     def pack(self, device: torch.device) -> Tensor:
         """Return the message as one flat uint8 tensor on `device`."""
         present = [body for body in self.bodies if body is not None]
         table = b"".join(varint(body.numel()) for body in present)
-        if any(head[0] & Kind.SETS for head in self.heads):
+        if any(head[0] & SETS for head in self.heads):
             table = struct.pack("<Q", self.identifier) + table
         size = len(table) + sum(body.numel() for body in present)
         head = struct.pack("<BH", VERSION, self.layout) + size.to_bytes(5, "little")
@@ -183,12 +183,12 @@ class Message:
             position += head_size
 
         identifier = 0
-        if any(head[0] & Kind.SETS for head in heads):
+        if any(head[0] & SETS for head in heads):
             identifier = int.from_bytes(host[position : position + 8], "little")
             position += 8
             if identifier == 0 or position > message.numel():
                 raise PayloadError("the message sets look-back gradients without an identifier")
-        count = sum(head[0] & Kind.BODY for head in heads)
+        count = sum(head[0] & BODY for head in heads)
         sizes, used = read_varints(host[position:], count)
         position += used
         if position + sum(sizes) != message.numel():
@@ -196,13 +196,6 @@ class Message:
                 f"the bodies in the message take {sum(sizes)} bytes, "
                 f"{message.numel() - position} are there"
             )
-        bodies: list[Tensor | None] = []
-        remaining = iter(sizes)
-        for head in heads:
-            if head[0] & Kind.BODY:
-                end = position + next(remaining)
-                bodies.append(message[position:end])
-                position = end
-            else:
-                bodies.append(None)
+        remaining = iter(torch.split(message[position:], sizes))
+        bodies = [next(remaining) if head[0] & BODY else None for head in heads]
         return Message(layout, check, identifier, heads, bodies)
