@@ -15,7 +15,7 @@ from lbgm_compress.compressor import (
     dense_from_bytes,
 )
 from lbgm_compress.decoded import Decoded, Dense
-from lbgm_compress.wire.values import as_bytes
+from lbgm_compress.wire.values import as_bytes, from_bytes
 
 __all__ = ["Identity"]
 
@@ -53,5 +53,5 @@ class Identity(Compressor):
     def decode_small(self, bodies: Tensor, like: Tensor) -> list[Decoded] | None:
         if bodies.shape[1] != like.numel() * like.dtype.itemsize:
             return None
-        stack = bodies.view(like.dtype).view(len(bodies), *like.shape)
-        return [Dense(tensor) for tensor in stack.unbind()]
+        tensors = from_bytes(bodies.reshape(-1), like.dtype).view(len(bodies), *like.shape)
+        return [Dense(tensor) for tensor in tensors.unbind()]

@@ -124,7 +124,7 @@ class SignSGD(Compressor):
             return None
         scales: Sequence[Tensor | None] = [None] * len(bodies)
         if self.scaled:
-            column = bodies[:, :size].contiguous().view(_scale_dtype(like))
+            column = from_bytes(bodies[:, :size].reshape(-1), _scale_dtype(like))[:, None]
             if not ((column >= 0) & (column < math.inf)).all():
                 return None
             scales = column.unbind()
