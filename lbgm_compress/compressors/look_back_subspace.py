@@ -179,6 +179,9 @@ class LookBackSubspace(Compressor):
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if is_small(grads[0]) and self._sides(grads[0]) is None:
             return super().encode_together(grads, states)
+        if is_small(grads[0]):
+            # Products depend on alignment, which is the same for every new tensor.
+            grads = [grad.clone() for grad in grads]
         squares = torch.stack([square_sum(grad) for grad in grads]).tolist()
         begun = [self._begin(*of) for of in zip(grads, states, squares, strict=True)]
         works = [work for work in begun if isinstance(work, _Work)]
