@@ -23,6 +23,7 @@ from lbgm_compress import (
     parse_compressor,
 )
 from lbgm_compress.adapters.ddp import CompressionState, compress, compression_hook
+from lbgm_compress.adapters.horovod import DistributedOptimizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,6 +100,45 @@ def load_state_of(name, size):
     mine.load_state_dict(other.state_dict())
 
 
+def one_state_for_two_models():
+    state = CompressionState(LBGM())
+    backward(state)
+    backward(state)
+
+
+def unfrozen_after_wrapping():
+    model = Model()
+    model.linear.weight.requires_grad_(False)
+    model = DistributedDataParallel(model)
+    compress(model, LBGM())
+    model(torch.arange(5)).backward()
+    model.module.linear.weight.requires_grad_(True)
+    model(torch.arange(5)).backward()
+
+
+def sgd():
+    return torch.optim.SGD(Model().parameters(), lr=0.1)
+
+
+def app_with(mods):
+    """Make a ClientApp with mods, and give it a message."""
+    flower = pytest.importorskip("lbgm_compress.adapters.flower", exc_type=ImportError)
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp(mods=mods(flower))
+    app.train()(lambda message, context: message)
+    # As Flower calls what is in its list of mods.
+    [mod] = mods(flower)
+    mod(None, None, None)
+
+
+def nested_strategies():
+    flower = pytest.importorskip("lbgm_compress.adapters.flower", exc_type=ImportError)
+    from flwr.serverapp.strategy import FedAvg
+
+    flower.CompressedStrategy(flower.CompressedStrategy(FedAvg(), LBGM()), LBGM())
+
+
 GRADS = {"w": torch.ones(4)}
 WRONG = [
     # The hook's state
@@ -110,7 +150,7 @@ WRONG = [
         lambda: backward(state_of, sparse=True),
         "'module.embedding.weight' is sparse, .* build the embedding with sparse=False",
     ),
-    (lambda: backward(lambda _: state_of(Model())), "build it from the same model"),
+    (lambda: backward(lambda _: state_of(Model())), "every model needs a state of its own"),
     # The arguments of CompressionState
     (lambda: CompressionState(LBGM(), Model().parameters()), "tensors without names, as model.par"),
     (lambda: CompressionState(LBGM(), Model().state_dict()), "a mapping, such as state_dict()"),
@@ -127,12 +167,9 @@ WRONG = [
     ),
     (
         lambda: CompressionState(LBGM(), [*pairs(), *pairs()]),
-        "two parameters of the name 'embedding.weight': a CompressionState is for one model",
+        "two parameters of the name 'embedding.weight': give those of one model",
     ),
-    (
-        lambda: CompressionState(LBGM(), None),
-        "named_parameters is a NoneType: give model.named_par",
-    ),
+    (lambda: CompressionState(LBGM(), 3), "named_parameters is a int: give model.named_par"),
     (lambda: CompressionState(LBGM(), ["w"]), "has 'w' in the place of a pair: give model.named_p"),
     (lambda: CompressionState(LBGM(), [("w", 1.0)]), "a pair of str and float in the place of a n"),
     (lambda: CompressionState(LBGM(), distributed_tensor()), "parameter 'w' is a DTensor, as full"),
@@ -145,6 +182,29 @@ WRONG = [
         lambda: CompressionState(LBGM(), pairs(), weight=0),
         "weight must be above 0 and finite, not 0",
     ),
+    (
+        lambda: CompressionState(LBGM(), pairs(), loss_scale=torch.amp.GradScaler("cpu")),
+        "loss_scale is a gradient scaler: give its method, scaler.get_scale",
+    ),
+    (
+        lambda: CompressionState(LBGM(), pairs(), loss_scale="dynamic"),
+        "loss_scale must be a number or a callable, not 'dynamic'",
+    ),
+    (lambda: CompressionState(LBGM(), loss_scale=0), "loss_scale must be above 0 and finite, not"),
+    (
+        lambda: backward(lambda m: CompressionState(LBGM(), loss_scale=lambda: float("nan"))),
+        "loss_scale must be above 0 and finite, not nan",
+    ),
+    # A state without a model yet
+    (
+        lambda: CompressionState(LBGM(), process_group=dist.group.WORLD),
+        "process_group without named_parameters: leave out both",
+    ),
+    (lambda: CompressionState(LBGM()).stats(), "has no model yet: the first backward pass binds"),
+    (lambda: CompressionState(LBGM()).state_dict(), "has no model yet: the first backward pass"),
+    (lambda: CompressionState(LBGM()).load_state_dict({}), "this is not a state that Compression"),
+    (one_state_for_two_models, "every model needs a state of its own"),
+    (unfrozen_after_wrapping, "'module.linear.weight' was frozen when the model was wrapped, and"),
     (lambda: load_state_of("w", 3), "is that of another model: its tensor 'w' has shape and dtype"),
     (lambda: load_state_of("v", 4), "has a tensor 'v', which is not a parameter here"),
     # compress()
@@ -153,6 +213,31 @@ WRONG = [
     (lambda: compress(torch.compile(wrapped()), LBGM()), "before torch.compile takes it"),
     (lambda: compress(wrapped(), TopK), "not the class TopK: write TopK(...), with brackets"),
     (compress_twice, "the model takes no hook: it has one already"),
+    # Horovod's optimizer, before Horovod is asked for
+    (lambda: DistributedOptimizer(sgd(), compression=LBGM()), "second argument, not compression="),
+    (
+        lambda: DistributedOptimizer(sgd(), named_parameters=pairs()),
+        "there is no compressor: write",
+    ),
+    (
+        lambda: DistributedOptimizer(sgd(), pairs(), LBGM()),
+        "swapped: write DistributedOptimizer(op",
+    ),
+    (lambda: DistributedOptimizer(sgd(), LBGM(), pairs(), op="Sum"), "has no argument 'op', which"),
+    (
+        lambda: DistributedOptimizer(sgd(), LBGM),
+        "not the class LBGM: write LBGM(...), with brackets",
+    ),
+    # Flower
+    (
+        lambda: app_with(lambda flower: [flower.CompressionMod]),
+        "has the class: write CompressionMod(), with brackets",
+    ),
+    (
+        lambda: app_with(lambda flower: flower.compression_mod),
+        "a list of mods: write ClientApp(mods=[compression_mod])",
+    ),
+    (nested_strategies, "is a CompressedStrategy already: wrap the strategy inside it once"),
     # The ends
     (lambda: Sender(LBGM), "not the class LBGM: write LBGM(...), with brackets"),
     (lambda: Sender(LBGM()).compress(torch.ones(4)), "a mapping from names to tensors, .* not Ten"),
@@ -191,7 +276,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("use", "sentence"), WRONG)
 def test_wrong_use_is_one_sentence_that_says_what_to_do(use, sentence):
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+    with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as caught:
         use()
     text = str(caught.value)
     for part in sentence.split(" .* "):

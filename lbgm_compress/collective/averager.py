@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbgm_compress._util.checks import check_flag, check_number, check_whole
+from lbgm_compress._util.checks import check_number, check_whole
 from lbgm_compress._util.ends import on_device
 from lbgm_compress.collective.agreement import drop_unshared
 from lbgm_compress.collective.applied import Parameters
@@ -76,9 +76,6 @@ class Averager:
         The factor by which the loss is multiplied: a number, or a callable that returns it, such as
         the method ``get_scale`` of a `torch.amp.GradScaler`. It is asked for at the beginning of
         each step. Residuals and `NormBudget` follow it.
-    undoable
-        If False, `undo` is an error, and saves memory: what a step replaces, a residual for each
-        `ErrorFeedback` above all, is freed at its end and not at the beginning of the next.
 
     Attributes
     ----------
@@ -120,22 +117,14 @@ class Averager:
         must_match: Sequence[str] = (),
         *,
         loss_scale: float | Callable[[], float] = 1.0,
-        undoable: bool = True,
     ) -> None:
-        check_compressor(compressor)
-        check_whole("start_step", start_step, 0)
-        check_flag("undoable", undoable, error=TypeError)
-        check_loss_scale(loss_scale)
-        check_number("weight", weight, error=TypeError)
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be above 0 and finite, not {weight}")
+        self.check_options(compressor, start_step, weight, loss_scale)
         if not parameters:
             raise ValueError("named_parameters has no parameter that requires a gradient")
         self.compressor = compressor
         self.transport = transport
         self.start_step = start_step
         self.loss_scale = loss_scale
-        self.undoable = undoable
         self.step = 0
         self.sender = Sender(compressor, seed=transport.rank)
         self.receiver = Receiver(compressor, parameters)
@@ -161,6 +150,16 @@ class Averager:
         self._common_step: int | None = None
         self._failure: BaseException | None = None
         self._traffic = Traffic(parameters)
+
+    @staticmethod
+    def check_options(compressor: Any, start_step: Any, weight: Any, loss_scale: Any) -> None:
+        """Raise `TypeError` or `ValueError` unless these arguments are of their types and range."""
+        check_compressor(compressor)
+        check_whole("start_step", start_step, 0)
+        check_loss_scale(loss_scale)
+        check_number("weight", weight, error=TypeError)
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be above 0 and finite, not {weight}")
 
     @property
     def warming_up(self) -> bool:
@@ -258,10 +257,8 @@ class Averager:
         self._in_step = False
         if self._spoiled:
             self._take_back()
-        elif self.undoable:
-            self._versions = self._watched.versions()
         else:
-            self._commit()
+            self._versions = self._watched.versions()
 
     def undo(self) -> None:
         """Take the last step back: its gradients were not applied, and are not to be.
@@ -274,10 +271,8 @@ class Averager:
         Raises
         ------
         RuntimeError
-            With ``undoable=False``, or within a step.
+            Within a step.
         """
-        if not self.undoable:
-            raise RuntimeError("undo() needs undoable=True, with which the state was not built")
         if self._in_step:
             raise RuntimeError("undo() within a step: call it after the backward pass")
         if self._versions is not None and self._versions == self._watched.versions():
@@ -333,7 +328,7 @@ class Averager:
                 with contextlib.suppress(RuntimeError):
                     self._gather(failed, head_size, grads).result()
                 raise
-            self._traffic.count(message.numel(), grads, self.sender.report())
+            self._traffic.count(message.numel(), grads, self.sender.sent)
         pending = self._gather(message, head_size, grads)
         return CompressedAverage(
             pending,

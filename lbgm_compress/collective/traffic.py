@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from lbgm_compress.endpoints import TensorReport
+from lbgm_compress.endpoints.tensors import Sent
+from lbgm_compress.wire.message import recycles
 
 __all__ = ["Traffic"]
-
-
-@dataclass
-class Counts:
-    """Bytes and recycled tensors of one parameter, summed over the steps so far."""
-
-    message_bytes: int = 0
-    dense_bytes: int = 0
-    recycled: int = 0
-    steps: int = 0
-
-    def stats(self) -> dict[str, float]:
-        """Return the sums, the ratio of the bytes, and the share of recycled tensors."""
-        return {
-            "message_bytes": self.message_bytes,
-            "dense_bytes": self.dense_bytes,
-            "ratio": self.message_bytes / self.dense_bytes if self.dense_bytes else 0.0,
-            "recycled_share": self.recycled / self.steps if self.steps else 0.0,
-        }
 
 
 class Traffic:
@@ -42,27 +24,31 @@ class Traffic:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._parameters = {name: Counts() for name in names}
+        self._positions = {name: position for position, name in enumerate(names)}
+        # Bytes sent, bytes of the gradients, recycled gradients and steps of each parameter.
+        self._counts = np.zeros((len(self._positions), 4), np.int64)
         self._message_bytes = 0
 
-    def count(
-        self, size: int, grads: Mapping[str, Tensor], reports: Mapping[str, TensorReport]
-    ) -> None:
+    def count(self, size: int, grads: Mapping[str, Tensor], sent: Sent) -> None:
         """Count a message of `size` bytes for some gradients."""
         self._message_bytes += size
-        for name, report in reports.items():
-            counts = self._parameters[name]
-            counts.message_bytes += report.bytes
-            counts.dense_bytes += grads[name].numel() * grads[name].element_size()
-            counts.recycled += report.recycled
-            counts.steps += 1
+        dense = [grads[name].numel() * grads[name].element_size() for name in sent.names]
+        recycled = [recycles(kind) for kind in sent.kinds]
+        positions = [self._positions[name] for name in sent.names]
+        self._counts[positions] += np.stack([sent.sizes, dense, recycled, np.ones_like(dense)], 1)
 
     def stats(self) -> dict[str, Any]:
         """Return the sums, and those of each parameter: see `Averager.stats`."""
-        total = Counts(message_bytes=self._message_bytes)
-        for counts in self._parameters.values():
-            total.dense_bytes += counts.dense_bytes
-            total.recycled += counts.recycled
-            total.steps += counts.steps
-        parameters = {name: counts.stats() for name, counts in self._parameters.items()}
-        return {**total.stats(), "parameters": parameters}
+        parameters = zip(self._positions, self._counts.tolist(), strict=True)
+        total = self._message_bytes, *self._counts[:, 1:].sum(0).tolist()
+        return {**_stats(*total), "parameters": {name: _stats(*of) for name, of in parameters}}
+
+
+def _stats(message_bytes: int, dense_bytes: int, recycled: int, steps: int) -> dict[str, float]:
+    """Return sums, the ratio of the bytes, and the share of recycled tensors."""
+    return {
+        "message_bytes": message_bytes,
+        "dense_bytes": dense_bytes,
+        "ratio": message_bytes / dense_bytes if dense_bytes else 0.0,
+        "recycled_share": recycled / steps if steps else 0.0,
+    }

@@ -100,6 +100,10 @@ class CompressionMod:
         """Raise `TypeError`: a mod is not a list of mods."""
         raise TypeError("ClientApp takes a list of mods: write ClientApp(mods=[compression_mod])")
 
+    def __add__(self, other: Any) -> Any:
+        """Raise `TypeError`: Flower adds a list of mods to what it takes for another one."""
+        return iter(self)
+
     def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
         """Run the app, and compress the arrays of its reply."""
         asked = _take_request(msg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ class Bucket:
     """Parameters whose gradients go into one message."""
 
     parameters: dict[str, Tensor]
-    waiting: int
-    """The number of them that have no gradient yet."""
+    waiting: int = 0
+    """The number of those that require a gradient and have none yet in this step."""
     submitted: bool = False
 
 
@@ -47,6 +47,7 @@ class Compression(BackgroundAverager):
         start_step: int,
         weight: float,
         bucket_cap_mb: float,
+        loss_scale: float | Callable[[], float],
     ) -> None:
         check_number("bucket_cap_mb", bucket_cap_mb, error=TypeError)
         if not bucket_cap_mb > 0:
@@ -58,6 +59,7 @@ class Compression(BackgroundAverager):
             start_step,
             weight,
             must_match=[f"bucket_cap_mb {bucket_cap_mb}"],
+            loss_scale=loss_scale,
         )
         # Two optimizers of one process must not share the names of their exchanges.
         key = hashlib.blake2b(self.description.encode(), digest_size=6).hexdigest()
@@ -78,7 +80,11 @@ class Compression(BackgroundAverager):
                     compression._hook(parameter)
 
             for p in self._bucket_of:
+                # A frozen parameter takes no hook, and keeps one that it has.
+                needs_gradient = p.requires_grad
+                p.requires_grad_(True)
                 p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                p.requires_grad_(needs_gradient)
 
     def set_passes(self, passes: int) -> None:
         """Send gradients after `passes` backward passes, from now on."""
@@ -113,6 +119,10 @@ class Compression(BackgroundAverager):
         return loss.new_tensor(mean.item()) if isinstance(loss, Tensor) else mean.item()
 
     def begin_step(self) -> None:
+        if not self.under_way:
+            # What is frozen now gets no gradient in this step, for which its bucket would wait.
+            for bucket in self._buckets:
+                bucket.waiting = sum(p.requires_grad for p in bucket.parameters.values())
         super().begin_step()
         self.synchronized = False
 
@@ -124,27 +134,37 @@ class Compression(BackgroundAverager):
                 "step(). Increase backward_passes_per_step to accumulate gradients locally."
             )
         self.begin_step()
+        bucket = self._bucket_of[parameter]
+        if bucket.submitted:
+            raise AssertionError(
+                f"a parameter of shape {tuple(parameter.shape)} was unfrozen between two backward "
+                "passes of one step, whose gradients are sent already: unfreeze it before the first"
+            )
         self._delay[parameter] -= 1
         if self._delay[parameter] == 0:
-            bucket = self._bucket_of[parameter]
             bucket.waiting -= 1
             if bucket.waiting == 0:
                 self._submit(bucket)
 
     def _submit(self, bucket: Bucket) -> None:
         bucket.submitted = True
-        grads = {}
+        grads, targets = {}, {}
         for name, parameter in bucket.parameters.items():
+            if not parameter.requires_grad and self._delay[parameter] == self.passes:
+                # Frozen: its gradient, if it has one, is of an earlier step.
+                grads[name] = parameter.detach().new_zeros(()).expand(parameter.shape)
+                continue
             if parameter.grad is None:
                 # Another rank may have used it.
                 parameter.grad = torch.zeros_like(parameter)
-            grads[name] = parameter.grad
+            grads[name] = targets[name] = parameter.grad
 
         def deliver(average: Average | None) -> None:
             if average is None:
                 return
             for name, mean in average.finish().items():
-                grads[name].copy_(mean)
+                if name in targets:
+                    targets[name].copy_(mean)
             device = next(iter(grads.values())).device
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
@@ -155,7 +175,6 @@ class Compression(BackgroundAverager):
         self._delay = dict.fromkeys(self._delay, self.passes)
         for bucket in self._buckets:
             bucket.submitted = False
-            bucket.waiting = len(bucket.parameters)
 
 
 def _buckets(parameters: Mapping[str, Tensor], cap: int) -> list[Bucket]:
@@ -170,4 +189,4 @@ def _buckets(parameters: Mapping[str, Tensor], cap: int) -> list[Bucket]:
             grown = parameter.numel() * parameter.element_size()
         groups[-1][name] = parameter
         size = grown
-    return [Bucket(group, len(group)) for group in groups]
+    return [Bucket(group) for group in groups]

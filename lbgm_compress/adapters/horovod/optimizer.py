@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from lbgm_compress._util.checks import check_whole
 from lbgm_compress.adapters.horovod.compression import Compression
 from lbgm_compress.adapters.horovod.elastic import Distributed, register_elastic
 from lbgm_compress.adapters.horovod.transport import HorovodTransport
-from lbgm_compress.compressor import Compressor
+from lbgm_compress.collective.parameters import NamedParameters, may_have_gradient, named_pairs
+from lbgm_compress.compressor import Compressor, check_compressor
 
 __all__ = ["DistributedOptimizer"]
 
@@ -23,19 +23,20 @@ MISSING = (
     "Horovod is not installed, or not for this torch: `python -m lbgm_compress.install_horovod` "
     "(in a checkout, `make horovod`) builds and installs it"
 )
-Named = tuple[str, Tensor]
 
 
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
-    compressor: Compressor,
-    named_parameters: Iterable[Named] | None = None,
+    compressor: Compressor | None = None,
+    named_parameters: NamedParameters | None = None,
     backward_passes_per_step: int = 1,
     process_set: Any = None,
     start_step: int = 0,
     *,
     weight: float = 1.0,
     bucket_cap_mb: float = 25.0,
+    loss_scale: float | Callable[[], float] = 1.0,
+    **misused: Any,
 ) -> Any:
     """Return an optimizer that averages compressed gradients over all ranks before each step.
 
@@ -44,17 +45,18 @@ def DistributedOptimizer(
     `broadcast_optimizer_state` and ``elastic.TorchState(model, optimizer)`` work as there. Its
     class is derived from that of `optimizer`, whose parameters, state and hooks it shares.
 
-    Its attribute ``compression`` is a `Compression`: ``stats()`` counts bytes, ``reset()`` makes
-    the next step full, and ``state_dict()`` and ``load_state_dict()`` save the state that a rank
-    has beside the optimizer's own. ``step(closure)`` averages the gradients and the loss of each
-    call of the closure.
+    Its attribute ``compression`` is a `Compression`: ``stats()`` counts bytes, ``undo()`` takes
+    back a step that is not applied, ``reset()`` makes the next step full, and ``state_dict()``,
+    ``gather_state_dict()`` and ``load_state_dict()`` save the state that a rank has beside the
+    optimizer's own. ``step(closure)`` averages the gradients and the loss of each call of the
+    closure. Parameters may be frozen and unfrozen between any two steps (``requires_grad``).
 
     Parameters
     ----------
     optimizer
         Any optimizer of torch.
     compressor
-        Compresses the gradients: any compressor, the same on all ranks.
+        Compresses the gradients: any compressor, the same on all ranks. It has to be given.
     named_parameters
         ``model.named_parameters()``; the parameters are numbered if it is not given.
     backward_passes_per_step
@@ -69,6 +71,10 @@ def DistributedOptimizer(
         is the weight divided by the sum of the weights of all ranks.
     bucket_cap_mb
         Size in MB (2^20 bytes) up to which gradients are grouped into one message.
+    loss_scale
+        The factor by which the loss is multiplied: a number, or a callable that returns it, such as
+        ``scaler.get_scale``. It is asked for in the backward pass. Residuals and `NormBudget`
+        follow it.
 
     Raises
     ------
@@ -78,6 +84,7 @@ def DistributedOptimizer(
         If an argument is of the wrong type or out of range, parameters have no name or names are
         not unique, or Horovod is not initialised.
     """
+    checked = _check_call(compressor, named_parameters, misused)
     hvd = _engine()
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
@@ -88,13 +95,14 @@ def DistributedOptimizer(
         raise ValueError(f"backward_passes_per_step must be > 0, not {backward_passes_per_step}")
     parameters = _named(optimizer, named_parameters)
     compression = Compression(
-        compressor,
+        checked,
         parameters,
         HorovodTransport(hvd, process_set or hvd.global_process_set),
         backward_passes_per_step,
         start_step,
         weight,
         bucket_cap_mb,
+        loss_scale,
     )
     distributed = _distributed(type(optimizer), hvd.DistributedOptimizer.__module__)
     made = distributed.__new__(distributed)
@@ -195,36 +203,39 @@ def _engine() -> Any:
     return hvd
 
 
-def _named(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[Named] | None
-) -> dict[str, Tensor]:
-    """Return the optimizer's parameters that need a gradient, by name.
+def _check_call(compressor: Any, named_parameters: Any, misused: Mapping[str, Any]) -> Compressor:
+    """Return the compressor; raise `TypeError` for arguments of Horovod's own optimizer."""
+    call = "DistributedOptimizer(optimizer, compressor, model.named_parameters())"
+    if "compression" in misused:
+        raise TypeError(f"the compressor is the second argument, not compression=...: write {call}")
+    if compressor is None:
+        raise TypeError(f"there is no compressor: write {call}")
+    if misused:
+        name = next(iter(misused))
+        raise TypeError(
+            f"DistributedOptimizer has no argument {name!r}, which Horovod's own may have: write "
+            f"{call}"
+        )
+    if isinstance(named_parameters, Compressor) and not isinstance(compressor, Compressor):
+        raise TypeError(f"the arguments are swapped: write {call}")
+    check_compressor(compressor)
+    return cast("Compressor", compressor)
+
+
+def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str, Tensor]:
+    """Return the optimizer's parameters that may have a gradient, by name.
 
     Raises
     ------
-    ValueError
-        If names are missing or not unique.
+    TypeError, ValueError
+        If names are missing or not unique, or something else is given.
     """
     groups = [group["params"] for group in optimizer.param_groups]
     if named_parameters is None:
-        named: Sequence[Named] = [
+        named_parameters = [
             (f"noname.{i}.{j}", p) for i, group in enumerate(groups) for j, p in enumerate(group)
         ]
-    else:
-        named = list(named_parameters)
-    for entry in named:
-        if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], str):
-            raise ValueError(
-                "named_parameters should be a sequence of tuples (name, parameter), usually "
-                "produced by model.named_parameters()."
-            )
-    counts = collections.Counter(name for name, _ in named)
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice:
-        raise ValueError(
-            "Parameter names in named_parameters must be unique. Found duplicates: "
-            + ", ".join(twice)
-        )
+    named = named_pairs(named_parameters)
     mine = {id(p): p for group in groups for p in group}
     found = {id(p): name for name, p in named}
     unnamed = [tuple(p.shape) for key, p in mine.items() if key not in found]
@@ -233,4 +244,4 @@ def _named(
             "named_parameters was specified, but one or more model parameters were not named. "
             f"Their shapes: {', '.join(map(str, unnamed))}"
         )
-    return {name: p for name, p in named if id(p) in mine and p.requires_grad}
+    return {name: p for name, p in named if id(p) in mine and may_have_gradient(p)}
