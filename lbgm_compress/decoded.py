@@ -133,7 +133,7 @@ class Sparse(Decoded):
     def dense_stack(cls, decoded: Sequence[Sparse]) -> Tensor:
         first, size = decoded[0], decoded[0].shape.numel()
         out = first.values.new_zeros((len(decoded), *first.shape))
-        counts = torch.tensor([len(one.indices) for one in decoded])
+        counts = torch.tensor([one.indices.numel() for one in decoded])
         starts = (torch.arange(len(decoded)) * size).repeat_interleave(counts)
         indices = torch.cat([one.indices for one in decoded]).add_(starts)
         out.view(-1)[indices] = torch.cat([one.values for one in decoded])

@@ -74,8 +74,9 @@ def check_state(state: Mapping[str, Any], compressor: str, keys: tuple[str, ...]
 
 def check_unchanged(name: str, grad: Tensor, entry: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless a gradient has the shape and dtype that its entry has."""
-    found, expected = (tuple(grad.shape), str(grad.dtype)), (entry["shape"], entry["dtype"])
-    if found != expected:
+    shape, dtype = grad.shape, str(grad.dtype)
+    if shape != entry["shape"] or dtype != entry["dtype"]:
+        found, expected = (tuple(shape), dtype), (entry["shape"], entry["dtype"])
         raise ValueError(
             f"the gradient {name!r} has shape and dtype {found}, before it had {expected}: "
             "use a new Sender for another model"

@@ -28,7 +28,7 @@ from lbgm_compress.compressors.angle import Angle, exact_angle, products, stacke
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.norm_budget import NormBudget
 from lbgm_compress.compressors.numerics import MARGIN, SQUARES, magnitude
-from lbgm_compress.decoded import Decoded, Dense, stacked
+from lbgm_compress.decoded import Decoded, Dense, Scaled, stacked
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wrapper import Wrapper
 
@@ -37,6 +37,7 @@ __all__ = ["LBGM", "Decision", "LookBack"]
 RECYCLED = Kind.USES
 RAW = int(Kind.RAW)
 FULL = Kind.SETS | Kind.BODY
+FLOAT32 = torch.finfo(torch.float32)
 FULL_HEAD = struct.pack("<Bf", FULL, 1.0)
 
 
@@ -320,8 +321,10 @@ class LBGM(Wrapper):
             if look_back is None:
                 return Decision(False, 1.0, None, gg)
             rho = gl / ll
-            phase_error = 1.0 - (gl / gg) * rho
-            if abs(phase_error - self._limit(gg, unit)) > MARGIN:
+            phase_error, limit = 1.0 - (gl / gg) * rho, self._limit(gg, unit)
+            if phase_error > limit + MARGIN:
+                return Decision(False, 1.0, phase_error, gg)
+            if phase_error < limit - MARGIN:
                 angle = Angle(gg, max(phase_error, 0.0), rho, abs(gl) / math.sqrt(ll))
         if angle is None:
             angle = exact_angle(gradient.dense(), None if look_back is None else look_back[0])
@@ -400,7 +403,7 @@ class LBGM(Wrapper):
         found: dict[int, tuple[Decoded, State]] = {}
         for (i, payload), (look_back, _) in zip(payloads.items(), look_backs, strict=True):
             if i in factors:
-                found[i] = look_back.scaled(factors[i]), states[i]
+                found[i] = Scaled(look_back, factors[i]), states[i]
             else:
                 found[i] = look_back, {"look_back": payload}
         return [
@@ -445,8 +448,8 @@ class Decision(NamedTuple):
 
 def _usable(angle: Angle, look_back: Tensor) -> bool:
     """Return whether rho is in the range of float32, and rho * l in that of its dtype."""
-    rho, limits = angle.rho, torch.finfo(torch.float32)
-    if rho != 0 and not limits.tiny <= abs(rho) <= limits.max:
+    rho = angle.rho
+    if rho != 0 and not FLOAT32.tiny <= abs(rho) <= FLOAT32.max:
         return False
     # The projection is a coarse bound in float16: beyond it the largest element decides.
     return _within_range(1.0, angle.projection, look_back) or _within_range(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,8 +28,8 @@ from lbgm_compress.compressor import (
     check_gradient,
 )
 from lbgm_compress.decoded import Decoded
-from lbgm_compress.endpoints.tensors import TensorReport, layout_of
-from lbgm_compress.wire.message import Kind, Message, look_back_check, recycles
+from lbgm_compress.endpoints.tensors import Sent, TensorReport, layout_of
+from lbgm_compress.wire.message import Kind, Message, look_back_check
 
 __all__ = ["Sender"]
 
@@ -50,6 +49,11 @@ class Sender:
     compact
         If True, keep look-back gradients compressed, as the receiver does. This saves memory and
         makes `state_dict` small, and costs one decoding a round. A residual is kept as it is.
+
+    Attributes
+    ----------
+    sent
+        Statistics of the last message.
 
     Raises
     ------
@@ -78,8 +82,7 @@ class Sender:
         self._tensors: dict[str, dict[str, Any]] = {}
         self._before: dict[str, dict[str, Any] | None] | None = None
         self._layouts: dict[tuple[str, ...], int] = {}
-        self._report: dict[str, TensorReport] = {}
-        self._uncompressed: list[str] = []
+        self.sent = Sent([], [], [], [])
 
     def compress(
         self, grads: Mapping[str, Tensor], peer: Tensor | None = None, *, loss_scale: float = 1.0
@@ -129,104 +132,114 @@ class Sender:
             What receivers will decode, by name. The tensors may share memory with `grads`. Adding
             them up with `Decoded.add_to` gives the bits of `Receiver.accumulate`.
         """
-        parts = self._parts(grads, loss_scale)
+        names = sorted_names(grads)
+        tensors = _checked(names, grads)
+        entries = [self._known(*of) for of in zip(names, tensors, strict=True)]
         if peer is not None:
-            for part, identifier in zip(parts, identifiers_of(peer, len(parts)), strict=True):
-                if part.identifier != identifier:
-                    # The receiver holds something else: the tensor is sent in full.
-                    part.state, part.identifier = self.compressor.forget(part.state), 0
-                    part.held = {}
+            held = identifiers_of(peer, len(names))
+            # Where the receiver holds something else, the tensor is sent in full.
+            entries = [
+                entry if entry["id"] == identifier else self._forgotten(entry)
+                for entry, identifier in zip(entries, held, strict=True)
+            ]
+        states = [self._state(*of, loss_scale) for of in zip(entries, tensors, strict=True)]
+        encodings = self.compressor.encode_batch(tensors, states)
 
-        encodings = self.compressor.encode_batch([p.grad for p in parts], [p.state for p in parts])
+        heads = [encoding.head for encoding in encodings]
+        kinds = [head[0] for head in heads]
         bodies = [None if encoding.body is None else encoding.body() for encoding in encodings]
         used = [
-            part.identifier if encoding.head[0] & USES else 0
-            for part, encoding in zip(parts, encodings, strict=True)
+            entry["id"] if kind & USES else 0 for entry, kind in zip(entries, kinds, strict=True)
         ]
-        tensors = {part.name: part.grad for part in parts}
-        layout = layout_of(self._layouts, self.compressor, tensors)
+        layout = layout_of(self._layouts, self.compressor, dict(zip(names, tensors, strict=True)))
         identifier = secrets.randbits(64) or 1
-        heads = [encoding.head for encoding in encodings]
         message = Message(layout, look_back_check(used), identifier, heads, bodies)
-        packed = message.pack(parts[0].grad.device)
+        packed = message.pack(tensors[0].device)
 
-        entries, report, decoded = {}, {}, {}
-        for part, encoding, body, size in zip(
-            parts, encodings, bodies, message.sizes(), strict=True
-        ):
-            kind = encoding.head[0]
-            if kind & SETS:
-                part.identifier = identifier
-            entries[part.name] = self._entry(part, encoding, body, loss_scale)
-            report[part.name] = TensorReport(recycles(kind), encoding.phase_error, size)
-            decoded[part.name] = encoding.decoded
-        self._uncompressed = [
-            part.name
-            for part, encoding in zip(parts, encodings, strict=True)
-            if encoding.head[0] & RAW
-        ]
-        self._replace(entries)
-        self._report = report
-        return packed, decoded
+        phase_errors = [encoding.phase_error for encoding in encodings]
+        new = zip(entries, tensors, encodings, bodies, strict=True)
+        self._replace(
+            {
+                name: self._entry(*of, identifier, loss_scale)
+                for name, of in zip(names, new, strict=True)
+            }
+        )
+        self.sent = Sent(names, kinds, phase_errors, message.sizes())
+        return packed, {
+            name: encoding.decoded for name, encoding in zip(names, encodings, strict=True)
+        }
 
-    def _parts(self, grads: Mapping[str, Tensor], loss_scale: float) -> list[_Part]:
-        """Check the gradients, and return them with what is known of each, sorted by name."""
-        names = sorted_names(grads)
-        for name in names:
-            check_gradient(grads[name], name)
-        device = grads[names[0]].device
-        parts = []
-        for name in names:
-            grad = grads[name].detach()
-            if grad.device != device:
-                raise ValueError(
-                    f"the gradient {name!r} is on {grad.device} and {names[0]!r} on {device}: a "
-                    "message's gradients share a device"
-                )
-            entry = self._tensors.get(name)
-            if entry is None:
-                state = self.compressor.initial_state(self._seed(name))
-                part = _Part(name, grad, state, 0, {}, 1.0)
-            else:
-                check_unchanged(name, grad, entry)
-                state = self._state(entry, grad)
-                held = entry.get("held", {})
-                part = _Part(name, grad, state, entry["id"], held, entry["scale"])
-            if part.scale != loss_scale:
-                part.state = self.compressor.rescale(part.state, loss_scale / part.scale)
-            parts.append(part)
-        return parts
+    def _known(self, name: str, grad: Tensor) -> dict[str, Any]:
+        """Return what is kept of a tensor, or what is kept at the beginning."""
+        entry = self._tensors.get(name)
+        if entry is not None:
+            check_unchanged(name, grad, entry)
+            return entry
+        state = self.compressor.initial_state(self._seed(name))
+        kept = {"own": state, "held": {}} if self.compact else {"state": state}
+        return {
+            "id": 0,
+            "shape": tuple(grad.shape),
+            "dtype": str(grad.dtype),
+            "scale": 1.0,
+            **kept,
+        }
+
+    def _state(self, entry: Mapping[str, Any], like: Tensor, loss_scale: float) -> State:
+        """Return the compressor's state from what was kept, for gradients of this scale."""
+        state: State
+        if self.compact:
+            state = self.compressor.sender_state(entry["own"], entry["held"], like)
+        else:
+            state = entry["state"]
+        if entry["scale"] == loss_scale:
+            return state
+        return self.compressor.rescale(state, loss_scale / entry["scale"])
 
     def _entry(
-        self, part: _Part, encoding: Encoding, body: Tensor | None, loss_scale: float
+        self,
+        before: Mapping[str, Any],
+        grad: Tensor,
+        encoding: Encoding,
+        body: Tensor | None,
+        identifier: int,
+        loss_scale: float,
     ) -> dict[str, Any]:
         """Return what is kept of a tensor until the next round."""
-        shape, dtype = tuple(part.grad.shape), str(part.grad.dtype)
-        entry = {"id": part.identifier, "shape": shape, "dtype": dtype, "scale": loss_scale}
+        sets = encoding.head[0] & SETS
+        entry = {
+            "id": identifier if sets else before["id"],
+            "shape": before["shape"],
+            "dtype": before["dtype"],
+            "scale": loss_scale,
+        }
         if not self.compact:
-            return {**entry, "state": encoding.state}
-        held = part.held
-        if encoding.head[0] & SETS:
-            held = self.compressor.read(encoding.head, body, held, part.grad)[1]
-        return {**entry, "own": self.compressor.own_state(encoding.state), "held": held}
+            entry["state"] = encoding.state
+            return entry
+        entry["own"] = self.compressor.own_state(encoding.state)
+        entry["held"] = before["held"]
+        if sets:
+            entry["held"] = self.compressor.read(encoding.head, body, before["held"], grad)[1]
+        return entry
 
-    def _state(self, entry: Mapping[str, Any], like: Tensor) -> State:
-        """Return the compressor's state from what was kept."""
-        if self.compact:
-            return self.compressor.sender_state(entry["own"], entry["held"], like)
-        state: State = entry["state"]
-        return state
+    def _forgotten(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is kept of a tensor whose next payload is full."""
+        mine = "own" if self.compact else "state"
+        entry = {**entry, "id": 0, mine: self.compressor.forget(entry[mine])}
+        return {**entry, "held": {}} if self.compact else entry
 
     def report(self) -> dict[str, TensorReport]:
         """Return statistics of each tensor in the last message; empty before the first."""
-        return dict(self._report)
+        return self.sent.report()
 
     def uncompressed(self) -> list[str]:
         """Return the names of tensors in the last message that went as they are.
 
         A tensor with inf or nan is sent so, and one that would leave the range of its dtype.
         """
-        return list(self._uncompressed)
+        return [
+            name for name, kind in zip(self.sent.names, self.sent.kinds, strict=True) if kind & RAW
+        ]
 
     # --- steps that are not applied ---------------------------------------------------------------
 
@@ -275,13 +288,7 @@ class Sender:
             return
         entries = {}
         for name, tensor in decoded.items():
-            entry = self._tensors.get(name)
-            if entry is None:
-                shape, dtype = tuple(tensor.shape), str(tensor.dtype)
-                state = self.compressor.initial_state(self._seed(name))
-                entry = {"id": 0, "shape": shape, "dtype": dtype, "scale": 1.0}
-                entry |= {"own": state, "held": {}} if self.compact else {"state": state}
-            check_unchanged(name, tensor, entry)
+            entry = self._known(name, tensor)
             mine = "own" if self.compact else "state"
             entries[name] = {**entry, mine: self.compressor.give_back(entry[mine], tensor)}
         self._replace(entries)
@@ -322,12 +329,7 @@ class Sender:
             Names of tensors; all of them unless given.
         """
         for name in list(self._tensors) if names is None else set(names) & self._tensors.keys():
-            entry = {**self._tensors[name], "id": 0}
-            mine = "own" if self.compact else "state"
-            entry[mine] = self.compressor.forget(entry[mine])
-            if self.compact:
-                entry["held"] = {}
-            self._tensors[name] = entry
+            self._tensors[name] = self._forgotten(self._tensors[name])
         self._before = None
 
     # --- saved states -----------------------------------------------------------------------------
@@ -365,7 +367,7 @@ class Sender:
         self._tensors = tensors
         self._before = None
         self._layouts = {}
-        self._report = {}
+        self.sent = Sent([], [], [], [])
 
     def _seed(self, name: str) -> int:
         # Tensors of one worker must not share their randomness.
@@ -374,17 +376,18 @@ class Sender:
         )
 
 
-@dataclass(slots=True)
-class _Part:
-    """One tensor of a message that is being made."""
-
-    name: str
-    grad: Tensor
-    state: State
-    """The sender's state before this round."""
-    identifier: int
-    """Identifier of the look-back gradient that the receiver holds; 0 for none."""
-    held: State
-    """The receiver's state, which a compact sender keeps."""
-    scale: float
-    """The loss scale of the last round."""
+def _checked(names: Sequence[str], grads: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the gradients with these names, or raise an error that names a wrong one."""
+    tensors = []
+    for name in names:
+        grad = grads[name]
+        check_gradient(grad, name)
+        tensors.append(grad.detach() if grad.requires_grad else grad)
+    device = tensors[0].device
+    for name, grad in zip(names, tensors, strict=True):
+        if grad.device != device:
+            raise ValueError(
+                f"the gradient {name!r} is on {grad.device} and {names[0]!r} on {device}: a "
+                "message's gradients share a device"
+            )
+    return tensors

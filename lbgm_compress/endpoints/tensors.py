@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.wire.message import layout_hash
+from lbgm_compress.wire.message import layout_hash, recycles
 
-__all__ = ["TensorReport", "layout_of"]
+__all__ = ["Sent", "TensorReport", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,23 @@ class TensorReport:
     """sin^2 of the angle to the look-back gradient; None without one."""
     bytes: int
     """Bytes of the tensor's payload, without the header of the message."""
+
+
+class Sent(NamedTuple):
+    """Statistics of the tensors in a message, as columns."""
+
+    names: Sequence[str]
+    kinds: Sequence[int]
+    """The first byte of each payload."""
+    phase_errors: Sequence[float | None]
+    sizes: Sequence[int]
+
+    def report(self) -> dict[str, TensorReport]:
+        """Return the statistics by name."""
+        return {
+            name: TensorReport(recycles(kind), phase_error, size)
+            for name, kind, phase_error, size in zip(*self, strict=True)
+        }
 
 
 def layout_of(
