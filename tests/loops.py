@@ -298,6 +298,28 @@ def saved_by_the_first_rank_alone(make):
     return loop.result()
 
 
+def loaded_and_reset_on_one_rank(make):
+    """One rank alone loads states in mid-training, then one alone resets: the others join in."""
+    loop = make(unused=False)
+    saved = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(14):
+            saved.append(saved_and_loaded(loop.state.state_dict()))
+            lost = loop.residuals()
+            if step in (5, 8) and loop.rank == 1:
+                loop.state.load_state_dict(saved[step - 2])
+            elif step == 11 and loop.rank == 0:
+                loop.state.reset()
+            # What the residuals of the older state have less is lost with them.
+            for name, now in loop.residuals().items():
+                loop.true[name] += (now - lost[name]).to(loop.true[name].dtype)
+            grads = loop.gradients(step)
+            loop.backward(grads)
+            loop.apply(grads)
+    return loop.result()
+
+
 def reload(loop, state):
     """Go on in a new model, optimizer and state, as a new process does."""
     saved = saved_and_loaded({"model": loop.module.state_dict(), "state": state})
@@ -322,6 +344,7 @@ LOOPS = [
     frozen_saved_loaded_unfrozen,
     undone_after_a_resume,
     saved_by_the_first_rank_alone,
+    loaded_and_reset_on_one_rank,
 ]
 
 
