@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lbgm_compress.compressor import DTYPES
 
-__all__ = ["NamedParameters", "may_have_gradient", "named_pairs"]
+__all__ = ["NamedParameters", "may_have_gradient", "named_pairs", "zeros_of"]
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 GIVE = "give model.named_parameters()"
@@ -70,3 +70,8 @@ def named_pairs(named_parameters: Any) -> list[tuple[str, Tensor]]:
             )
         names.add(name)
     return [(name, parameter) for name, parameter in pairs]
+
+
+def zeros_of(parameter: Tensor) -> Tensor:
+    """Return zeros in the shape of a parameter, which take the memory of one element."""
+    return parameter.detach().new_zeros(()).expand(parameter.shape)

@@ -15,6 +15,7 @@ from lbgm_compress._util.checks import check_number
 from lbgm_compress.adapters.horovod.transport import HorovodTransport
 from lbgm_compress.collective.average import Average
 from lbgm_compress.collective.background import BackgroundAverager
+from lbgm_compress.collective.parameters import zeros_of
 from lbgm_compress.compressor import Compressor
 
 __all__ = ["Bucket", "Compression"]
@@ -152,7 +153,7 @@ class Compression(BackgroundAverager):
         for name, parameter in bucket.parameters.items():
             if not parameter.requires_grad and self._delay[parameter] == self.passes:
                 # Frozen: its gradient, if it has one, is of an earlier step.
-                grads[name] = parameter.detach().new_zeros(()).expand(parameter.shape)
+                grads[name] = zeros_of(parameter)
                 continue
             if parameter.grad is None:
                 # Another rank may have used it.
