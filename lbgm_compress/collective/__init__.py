@@ -1,6 +1,6 @@
 """Averages over ranks, for engines of any kind: transports, averaging, a background thread."""
 
-from lbgm_compress.collective.average import Average
+from lbgm_compress.collective.average import Average, RanksDiffer
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.transport import (
@@ -17,5 +17,6 @@ __all__ = [
     "BodyLength",
     "Pending",
     "ProcessGroupTransport",
+    "RanksDiffer",
     "Transport",
 ]
