@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress import LBGM, ErrorFeedback, LookBackSubspace, SignSGD, TopK
 from lbgm_compress.adapters.ddp import CompressionState, compress, compression_hook
+from tests.invariant import residuals
 from tests.laws import assert_same_bits, saved_and_loaded
 from tests.ranks import Failed, run_ranks
 from tests.training import Net, assert_replicas_agree, data, parameters
@@ -76,6 +79,57 @@ def test_layers_may_be_frozen_and_unfrozen(compressor, world):
     assert_replicas_agree(run_ranks(freezing, world, compressor))
 
 
+def stale_gradients(rank, compressor):
+    """Freeze and unfreeze in turn, as for an adversary, and leave the gradients where they are."""
+    model = build(find_unused_parameters=True)
+    state = compress(model, compressor)
+    train(model, rank, 2)
+    rest = [p for name, p in model.named_parameters() if "layers.4." not in name]
+    optimizer = torch.optim.SGD(rest, lr=0.05)
+    for turn in range(3):
+        freeze(model, 4)
+        before = residuals(state.state_dict())["module.layers.4.weight"]
+        gradient = model.module.layers[4].weight.grad.clone()
+        train(model, rank, 2, optimizer, start=3 * turn)
+        assert_same_bits(residuals(state.state_dict())["module.layers.4.weight"], before)
+        assert_same_bits(model.module.layers[4].weight.grad, gradient)
+        freeze(model, 4, False)
+        train(model, rank, 1, start=3 * turn + 2)
+    return parameters(model)
+
+
+def every_stale_gradient(rank):
+    return [stale_gradients(rank, compressor) for compressor in COMPRESSORS]
+
+
+@pytest.mark.timeout(120)
+def test_gradient_that_a_frozen_layer_still_has_is_not_sent():
+    assert_replicas_agree(run_ranks(every_stale_gradient, 2))
+
+
+def quantised(dtype):
+    return torch.nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+
+
+def frozen_quantised_weights(rank):
+    """Parameters that hold integers, as quantised layers have them, are no concern of the hook."""
+    torch.manual_seed(0)
+    module = Net()
+    module.codes, module.scales = quantised(torch.int8), quantised(torch.uint8)
+    model = DistributedDataParallel(module, bucket_cap_mb=BUCKETS)
+    state = compress(model, ErrorFeedback(TopK(0.05)))
+    train(model, rank, 2, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    # gloo has no float8, of which DistributedDataParallel would make a copy.
+    float8 = ("float8", quantised(torch.float8_e4m3fn))
+    CompressionState(ErrorFeedback(TopK(0.05)), [float8, *model.named_parameters()])
+    return sorted(set(dict(model.named_parameters())) - set(state.stats()["parameters"]))
+
+
+@pytest.mark.timeout(120)
+def test_frozen_parameters_of_other_dtypes_do_not_disturb():
+    assert run_ranks(frozen_quantised_weights, 2) == [["module.codes", "module.scales"]] * 2
+
+
 def unfrozen_where_the_model_holds_nothing(rank, when):
     torch.manual_seed(0)
     module = Net()
@@ -102,29 +156,66 @@ def test_parameter_that_is_not_averaged_and_has_a_gradient_is_named(when):
         assert "parameter 'module.layers.2.weight' was frozen when the model was wrapped" in message
 
 
-def ignored(rank):
+def unfrozen_and_wrapped_again(rank, late):
+    """The same state goes on with the module's new wrapper, as when a framework wraps twice."""
     torch.manual_seed(0)
     module = Net()
-    names = ["layers.2.weight", "layers.2.bias"]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-    found = []
-    for late in (False, True):
+    module.layers[2].requires_grad_(False)
+    state = CompressionState(ErrorFeedback(TopK(0.1)))
+    for refused in (True, False):
         model = DistributedDataParallel(module, bucket_cap_mb=BUCKETS)
-        if late:
-            state = CompressionState(TopK(0.1), model.named_parameters())
-            model.register_comm_hook(state, compression_hook)
+        if not late and refused:
+            state = compress(model, ErrorFeedback(TopK(0.1)))
         else:
-            state = compress(model, TopK(0.1))
+            model.register_comm_hook(state, compression_hook)
         train(model, rank, 2)
-        found.append(state.stats()["parameters"].get("module.layers.2.weight", {"steps": 0}))
+        module.layers[2].requires_grad_(True)
+        before = state.state_dict() if refused else None
+        try:
+            train(model, rank, 1)
+        except RuntimeError:
+            # Nothing of it is kept.
+            assert_same_bits(state.state_dict(), before)
+            assert refused
+        else:
+            assert not refused
+    return parameters(module)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("late", [False, True])
+def test_model_that_is_wrapped_again_after_unfreezing_goes_on(late):
+    assert_replicas_agree(run_ranks(unfrozen_and_wrapped_again, 2, late))
+
+
+def ignored(rank):
+    found = []
+    for how in ("compress", "late", "by hand"):
+        torch.manual_seed(0)
+        module = Net()
+        module.gain = torch.nn.Parameter(torch.ones(()))
+        module.out.register_forward_hook(lambda _, __, out, m=module: out * m.gain)
+        names = ["layers.2.weight", "layers.2.bias", "gain"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        model = DistributedDataParallel(module, bucket_cap_mb=BUCKETS)
+        if how == "compress":
+            state = compress(model, TopK(0.1))
+        else:
+            given = [model.named_parameters()] if how == "by hand" else []
+            state = CompressionState(TopK(0.1), *given)
+            model.register_comm_hook(state, compression_hook)
+        train(model, rank, 2)
+        sent = state.stats()["parameters"]
+        # DistributedDataParallel ignores no parameter of the outermost module, whatever it is told.
+        assert sent["module.gain"]["message_bytes"] > 0
+        found.append(sent.get("module.layers.2.weight", {"message_bytes": 0})["message_bytes"])
         del model
     return found
 
 
 @pytest.mark.timeout(120)
 def test_parameters_that_the_model_is_told_to_ignore_are_left_alone():
-    for found in run_ranks(ignored, 2):
-        assert all(not entry.get("message_bytes") for entry in found)
+    assert run_ranks(ignored, 2) == [[0, 0, 0]] * 2
 
 
 # --- a state that finds its model ----------------------------------------------------------------
@@ -196,27 +287,38 @@ def test_state_of_another_group_than_the_model_s_is_an_error():
         assert expected in failed.message
 
 
-def two_models_in_one_process(rank):
-    """A model that was wrapped twice, and one of two states for one of two models."""
+def wrapped_more_than_once(rank, hooks):
+    """One module has three wrappers, of which some have the hook with the same state."""
     torch.manual_seed(0)
     module = Net()
-    DistributedDataParallel(module)
-    first = DistributedDataParallel(module, bucket_cap_mb=BUCKETS)
-    stale = DistributedDataParallel(module)
     state = CompressionState(TopK(0.1))
-    first.register_comm_hook(state, compression_hook)
-    train(first, rank, 2)
-    assert stale.module is first.module
+    wrappers = [DistributedDataParallel(module, bucket_cap_mb=BUCKETS) for _ in range(3)]
+    for model in wrappers[:hooks]:
+        model.register_comm_hook(state, compression_hook)
+    train(wrappers[0], rank, 2)
     return state.stats()["ratio"]
 
 
 @pytest.mark.timeout(120)
-def test_of_several_wrappers_the_one_with_the_hook_is_found():
-    assert all(0 < ratio < 0.3 for ratio in run_ranks(two_models_in_one_process, 2))
+@pytest.mark.parametrize("hooks", [1, 2])
+def test_of_several_wrappers_one_with_the_hook_is_taken(hooks):
+    assert all(0 < ratio < 0.3 for ratio in run_ranks(wrapped_more_than_once, 2, hooks))
 
 
-def test_state_without_names_needs_no_process_group_yet():
-    assert not dist.is_initialized()
-    state = CompressionState(LBGM())
-    with pytest.raises(AttributeError, match="the first backward pass binds it to the model"):
-        state.stats()
+def test_state_without_a_model_can_be_sent_to_another_process():
+    """A framework that starts its ranks by spawning them pickles its hook's state."""
+    state = pickle.loads(pickle.dumps(CompressionState(LBGM(), start_step=3)))
+    # There is nothing to undo, as in a loop that skips its very first step.
+    state.undo()
+    assert not hasattr(state, "step")
+
+
+def test_state_of_another_compressor_is_refused_before_there_is_a_model():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        other = CompressionState(LBGM(), Net().named_parameters())
+        for state in (other.state_dict(), other.gather_state_dict()):
+            with pytest.raises(ValueError, match=r"is that of LBGM\(\), and this end uses TopK"):
+                CompressionState(TopK(0.1)).load_state_dict(state)
+    finally:
+        dist.destroy_process_group()

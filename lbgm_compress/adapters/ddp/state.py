@@ -168,8 +168,10 @@ class CompressionState(BackgroundAverager):
 
     def _find_model(self, bucket: GradBucket) -> None:
         """Before the first step, bind this state to the bucket's model, or compare their groups."""
-        if self._bound and (self._whole_step or self._model() is not None):
-            return
+        if self._bound:
+            self.check_usable()
+            if self._whole_step or self._model() is not None:
+                return
         models = wrappers_of(bucket.parameters()[0], self)
         groups = [dist.get_process_group_ranks(model.process_group) for model in models]
         if not self._bound:
