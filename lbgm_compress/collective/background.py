@@ -176,10 +176,12 @@ class BackgroundAverager(Averager):
         """Compare the states of all ranks, and do the whole step, of which nothing is delivered."""
         try:
             self._compare_again()
+            # Ranks may have other orders: none may wait for an average that another has not begun.
             for bucket in self._submitted:
                 with stream_after(bucket.ready, bucket.device):
                     bucket.average = self.begin(bucket.grads)
-                    bucket.finish()
+            for bucket in self._submitted:
+                bucket.finish()
         except BaseException as error:
             self._error = error
 
