@@ -621,6 +621,8 @@ def bad_arguments(rank):
         ((plain, LBGM(), named), {"weight": 0}),
         ((plain, LBGM(), named), {"bucket_cap_mb": 0}),
         ((plain, LBGM(), named), {"process_set": hvd.ProcessSet([0])}),
+        ((plain, LBGM(), named), {"process_set": [0]}),
+        ((plain, LBGM(), named), {"loss_scale": "dynamic"}),
         ((hvd.DistributedOptimizer(plain, named), LBGM(), named), {}),
         ((DistributedOptimizer(plain, LBGM(), named), LBGM(), named), {}),
     ):
@@ -630,8 +632,8 @@ def bad_arguments(rank):
             found.append(f"{type(error).__name__}: {error}")
     sparse = nn.Embedding(4, 2, sparse=True)
     optimizer = DistributedOptimizer(sgd(sparse), LBGM())
-    sparse(torch.tensor([1])).sum().backward()
     try:
+        sparse(torch.tensor([1])).sum().backward()
         optimizer.step()
     except TypeError as error:
         found.append(str(error))
@@ -650,9 +652,11 @@ def test_bad_arguments_are_refused_in_words():
         "ValueError: weight must be above 0",
         "ValueError: bucket_cap_mb must be above 0",
         "ValueError: Horovod or the process set is not initialised",
+        "TypeError: process_set must be a horovod.torch.ProcessSet, not [0]: write process_set=hvd",
+        "TypeError: loss_scale must be a number or a callable, not 'dynamic'",
         "ValueError: the optimizer is distributed already",
         "ValueError: the optimizer is distributed already",
-        "the gradient 'noname.0.0' must be dense",
+        "the gradient of 'noname.0.0' is sparse, and compression needs dense ones",
     ]
     [found] = run_horovod(bad_arguments, 1)
     assert len(found) == len(expected)

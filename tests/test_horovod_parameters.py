@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lbgm_compress import LBGM, ErrorFeedback, TopK
 from lbgm_compress.adapters.horovod import DistributedOptimizer
 from tests.horovod_ranks import jobs_end, needs_horovod, run_horovod  # noqa: F401
 from tests.invariant import residuals
@@ -151,6 +152,8 @@ def undo_after_a_step(rank, compressor):
     assert_same_bits(residuals(optimizer.compression.state_dict()), before)
     optimizer.zero_grad()
     backward(model, rank, 3)
+    with pytest.raises(RuntimeError, match=r"call optimizer.synchronize\(\) after the backward"):
+        optimizer.compression.undo()
     optimizer.synchronize()
     optimizer.compression.undo()
     assert_same_bits(residuals(optimizer.compression.state_dict()), before)
@@ -161,3 +164,20 @@ def undo_after_a_step(rank, compressor):
 @pytest.mark.parametrize("compressor", COMPRESSORS[:3], ids=repr)
 def test_step_is_undone_unless_it_was_applied(compressor):
     assert_replicas_agree(run_horovod(undo_after_a_step, 2, compressor))
+
+
+def buckets_in_other_orders(rank):
+    """Each rank uses other layers, and sends the rest last; one of them asks to compare states."""
+    torch.manual_seed(0)
+    model = Net(skip=True)
+    model.calls = rank
+    optimizer = wrapped(model, LBGM(ErrorFeedback(TopK(0.1))))
+    for step in range(9):
+        if rank == 1 and step in (3, 4, 5):
+            optimizer.compression.reset()
+        train(model, optimizer, rank, [step])
+    return parameters(model)
+
+
+def test_step_begins_again_where_ranks_send_their_buckets_in_other_orders():
+    assert_replicas_agree(run_horovod(buckets_in_other_orders, 2))

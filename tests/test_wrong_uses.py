@@ -116,6 +116,12 @@ def unfrozen_after_wrapping():
     model(torch.arange(5)).backward()
 
 
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
 def sgd():
     return torch.optim.SGD(Model().parameters(), lr=0.1)
 
@@ -177,6 +183,22 @@ WRONG = [
         lambda: CompressionState(LBGM(), [("w", torch.ones(4))]),
         "named_parameters has no parameter that requires a gradient",
     ),
+    (
+        lambda: CompressionState(LBGM(), Model().named_modules()),
+        "a pair of str and Model in the place of a name and a parameter: give model.named_param",
+    ),
+    (
+        lambda: CompressionState(LBGM(), tied().named_parameters(remove_duplicate=False)),
+        "one parameter under two names, '0.weight' and '1.weight': give model.named_parameters()",
+    ),
+    (
+        lambda: CompressionState(LBGM(), pairs(), 10),
+        "must be a torch.distributed.ProcessGroup, not 1",
+    ),
+    (
+        lambda: CompressionState(LBGM(), pairs(), dist.GroupMember.NON_GROUP_MEMBER),
+        "this rank is not in process_group: build the state on its ranks alone",
+    ),
     (lambda: CompressionState(LBGM(), pairs(), start_step=-1), "start_step must be a whole number"),
     (
         lambda: CompressionState(LBGM(), pairs(), weight=0),
@@ -189,6 +211,14 @@ WRONG = [
     (
         lambda: CompressionState(LBGM(), pairs(), loss_scale="dynamic"),
         "loss_scale must be a number or a callable, not 'dynamic'",
+    ),
+    (
+        lambda: CompressionState(LBGM(), loss_scale=-2.0),
+        "loss_scale must be above 0 and finite, no",
+    ),
+    (
+        lambda: CompressionState(LBGM(), loss_scale=True),
+        "loss_scale must be a number or a callable",
     ),
     (lambda: CompressionState(LBGM(), loss_scale=0), "loss_scale must be above 0 and finite, not"),
     (
@@ -203,6 +233,19 @@ WRONG = [
     (lambda: CompressionState(LBGM()).stats(), "has no model yet: the first backward pass binds"),
     (lambda: CompressionState(LBGM()).state_dict(), "has no model yet: the first backward pass"),
     (lambda: CompressionState(LBGM()).load_state_dict({}), "this is not a state that Compression"),
+    (
+        lambda: CompressionState(LBGM()).load_state_dict(state_of(Model()).state_dict()["sender"]),
+        "this is not a state that CompressionState.state_dict() returned",
+    ),
+    (
+        lambda: CompressionState(TopK(0.1)).load_state_dict(state_of(Model()).state_dict()),
+        "the state is that of LBGM(), and this end uses TopK(0.1)",
+    ),
+    (lambda: CompressionState(LBGM()).sender, "has no model yet: the first backward pass binds"),
+    (
+        lambda: compression_hook(CompressionState, ()),
+        "the state of compression_hook is a CompressionState, no",
+    ),
     (one_state_for_two_models, "every model needs a state of its own"),
     (unfrozen_after_wrapping, "'module.linear.weight' was frozen when the model was wrapped, and"),
     (lambda: load_state_of("w", 3), "is that of another model: its tensor 'w' has shape and dtype"),
@@ -224,6 +267,33 @@ WRONG = [
         "swapped: write DistributedOptimizer(op",
     ),
     (lambda: DistributedOptimizer(sgd(), LBGM(), pairs(), op="Sum"), "has no argument 'op', which"),
+    (
+        lambda: DistributedOptimizer(sgd(), pairs()),
+        "the arguments are those of Horovod's own: write DistributedOptimizer(optimizer, compre",
+    ),
+    (
+        lambda: DistributedOptimizer(torch.optim.SGD, LBGM()),
+        "optimizer must be a torch.optim.Optimizer, not SGD: write DistributedOptimizer(optimizer,",
+    ),
+    (
+        lambda: DistributedOptimizer(Model(), LBGM()),
+        "must be a torch.optim.Optimizer, not Model: wr",
+    ),
+    (
+        lambda: DistributedOptimizer(sgd(), LBGM(), Model()),
+        "is the model itself, a Model: give mode",
+    ),
+    (
+        lambda: DistributedOptimizer(sgd(), LBGM(), Model().parameters()),
+        "tensors without names, as model.parameters() has",
+    ),
+    (lambda: DistributedOptimizer(sgd(), LBGM(), pairs()), "one or more model parameters were not"),
+    (
+        lambda: DistributedOptimizer(
+            torch.optim.SGD(distributed_tensor(), lr=0.1), LBGM(), distributed_tensor()
+        ),
+        "parameter 'w' is a DTensor, as fully_shard makes them: compression needs whole parameters",
+    ),
     (
         lambda: DistributedOptimizer(sgd(), LBGM),
         "not the class LBGM: write LBGM(...), with brackets",

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lbgm_compress._util.files import atomic_write
+from lbgm_compress.collective.parameters import NamedParameters, named_pairs
 from lbgm_compress.compressor import DTYPES, Compressor, check_gradient
 from lbgm_compress.compressors.identity import Identity
 from lbgm_compress.compressors.lbgm import LBGM
@@ -108,7 +109,7 @@ class LookBackProbe:
 
     def __init__(
         self,
-        model: nn.Module | Iterable[tuple[str, Tensor]],
+        model: nn.Module | NamedParameters,
         deltas: Sequence[float] = DELTAS,
         inner: Compressor = Identity(),  # noqa: B008  frozen, and so safe to share
         *,
@@ -449,20 +450,12 @@ class LookBackProbe:
 
 
 def _observable(
-    model: nn.Module | Iterable[tuple[str, Tensor]],
+    model: nn.Module | NamedParameters,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the parameters to observe by name, and the names of those that cannot be."""
-    hint = "give a module, or pairs of names and parameters as named_parameters() gives them"
     named = model.named_parameters() if isinstance(model, nn.Module) else model
-    if isinstance(named, Mapping) or not isinstance(named, Iterable):
-        raise TypeError(f"cannot observe a {type(model).__name__}: {hint}")
     parameters, left_out = {}, []
-    for pair in named:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise TypeError(f"{type(pair).__name__} is no pair of a name and a parameter: {hint}")
-        name, parameter = pair
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}: {hint}")
+    for name, parameter in named_pairs(named, "model"):
         if not parameter.requires_grad:
             continue
         if not parameter.is_leaf:

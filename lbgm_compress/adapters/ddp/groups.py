@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["default_group", "group_like"]
+__all__ = ["check_group", "default_group", "group_like"]
+
+
+def check_group(group: Any) -> None:
+    """Raise `TypeError` or `ValueError` unless this is a process group that has this rank."""
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this rank is not in process_group: build the state on its ranks alone")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup, not {group!r}: give "
+            "model.process_group"
+        )
 
 
 def default_group() -> dist.ProcessGroup:

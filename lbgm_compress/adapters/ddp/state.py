@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from lbgm_compress.adapters.ddp.groups import default_group, group_like
+from lbgm_compress.adapters.ddp.groups import check_group, default_group, group_like
 from lbgm_compress.adapters.ddp.wrapped import averaged_parameters, ignored_parameters, wrappers_of
 from lbgm_compress.collective.average import Average, sum_dtype
 from lbgm_compress.collective.background import BackgroundAverager
@@ -89,6 +89,8 @@ class CompressionState(BackgroundAverager):
                 "model.named_parameters())"
             )
         self.check_options(compressor, start_step, weight, loss_scale)
+        if process_group is not None:
+            check_group(process_group)
         if named_parameters is None and process_group is not None:
             raise TypeError(
                 "process_group without named_parameters: leave out both, and the model's are taken "

@@ -111,6 +111,14 @@ class Compression(BackgroundAverager):
         self.abandon_step()
         self._clear()
 
+    def undo(self) -> None:
+        if self.under_way:
+            raise RuntimeError(
+                "undo() before the averages of the step are there: call optimizer.synchronize() "
+                "after the backward pass, and then undo()"
+            )
+        super().undo()
+
     def average_loss(self, loss: Any) -> Any:
         """Return the average of a closure's loss, so that all ranks take the same decisions."""
         if loss is None or not self.transport.included:
@@ -158,6 +166,11 @@ class Compression(BackgroundAverager):
             if parameter.grad is None:
                 # Another rank may have used it.
                 parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad.is_sparse:
+                raise TypeError(
+                    f"the gradient of {name!r} is sparse, and compression needs dense ones: build "
+                    "the embedding with sparse=False"
+                )
             grads[name] = targets[name] = parameter.grad
 
         def deliver(average: Average | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -84,16 +84,14 @@ def DistributedOptimizer(
         If an argument is of the wrong type or out of range, parameters have no name or names are
         not unique, or Horovod is not initialised.
     """
-    checked = _check_call(compressor, named_parameters, misused)
+    checked = _check_call(optimizer, compressor, named_parameters, misused)
+    parameters = _named(optimizer, named_parameters)
     hvd = _engine()
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
     if type(optimizer).__module__ == hvd.DistributedOptimizer.__module__:
         raise ValueError("the optimizer is distributed already: give the one that it was made from")
     check_whole("backward_passes_per_step", backward_passes_per_step, error=TypeError)
     if backward_passes_per_step <= 0:
         raise ValueError(f"backward_passes_per_step must be > 0, not {backward_passes_per_step}")
-    parameters = _named(optimizer, named_parameters)
     compression = Compression(
         checked,
         parameters,
@@ -203,21 +201,26 @@ def _engine() -> Any:
     return hvd
 
 
-def _check_call(compressor: Any, named_parameters: Any, misused: Mapping[str, Any]) -> Compressor:
-    """Return the compressor; raise `TypeError` for arguments of Horovod's own optimizer."""
-    call = "DistributedOptimizer(optimizer, compressor, model.named_parameters())"
+def _check_call(
+    optimizer: Any, compressor: Any, named_parameters: Any, misused: Mapping[str, Any]
+) -> Compressor:
+    """Return the compressor; raise `TypeError` for another call, such as that of Horovod's own."""
+    call = "write DistributedOptimizer(optimizer, compressor, model.named_parameters())"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        found = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {found}: {call}")
     if "compression" in misused:
-        raise TypeError(f"the compressor is the second argument, not compression=...: write {call}")
+        raise TypeError(f"the compressor is the second argument, not compression=...: {call}")
     if compressor is None:
-        raise TypeError(f"there is no compressor: write {call}")
+        raise TypeError(f"there is no compressor: {call}")
     if misused:
         name = next(iter(misused))
         raise TypeError(
-            f"DistributedOptimizer has no argument {name!r}, which Horovod's own may have: write "
-            f"{call}"
+            f"DistributedOptimizer has no argument {name!r}, which Horovod's own may have: {call}"
         )
-    if isinstance(named_parameters, Compressor) and not isinstance(compressor, Compressor):
-        raise TypeError(f"the arguments are swapped: write {call}")
+    if isinstance(compressor, Iterable) and not isinstance(compressor, (str, type)):
+        what = "swapped" if isinstance(named_parameters, Compressor) else "those of Horovod's own"
+        raise TypeError(f"the arguments are {what}: {call}")
     check_compressor(compressor)
     return cast("Compressor", compressor)
 

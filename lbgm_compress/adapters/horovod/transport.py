@@ -35,6 +35,11 @@ class HorovodTransport(Transport):
     def __init__(self, hvd: Any, process_set: Any) -> None:
         self.hvd = hvd
         self.process_set = process_set
+        if not isinstance(process_set, hvd.ProcessSet):
+            raise TypeError(
+                f"process_set must be a horovod.torch.ProcessSet, not {process_set!r}: write "
+                "process_set=hvd.add_process_set(ranks)"
+            )
         if process_set.process_set_id is None or process_set.included() is None:
             raise ValueError(
                 "Horovod or the process set is not initialised: call hvd.init() (with "
