@@ -11,9 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress import LBGM, ErrorFeedback, LookBackSubspace, SignSGD, TopK
 from lbgm_compress.adapters.ddp import CompressionState, compress, compression_hook
+from tests import loops
 from tests.invariant import residuals
 from tests.laws import assert_same_bits, saved_and_loaded
+from tests.loops import Given
 from tests.ranks import Failed, run_ranks
+from tests.test_loops import DataParallel
 from tests.training import Net, assert_replicas_agree, data, parameters
 
 BUCKETS = 0.01
@@ -252,6 +255,40 @@ def late(rank):
 @pytest.mark.timeout(120)
 def test_state_without_names_is_that_of_compress():
     assert_replicas_agree(run_ranks(late, 2))
+
+
+class Late(DataParallel):
+    """A training whose state is there before the model."""
+
+    def build(self):
+        self.state = CompressionState(self.compressor, **self.options)
+        self.module = Given()
+        self.model = DistributedDataParallel(
+            self.module, bucket_cap_mb=0.0005, find_unused_parameters=self.unused
+        )
+        self.model.register_comm_hook(self.state, compression_hook)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+
+
+def late_loops(rank, compressor):
+    def make(**options):
+        return Late(rank, compressor, **options)
+
+    return {loop.__name__: loop(make) for loop in LATE_LOOPS}
+
+
+LATE_LOOPS = [
+    loops.gradient_scaler,
+    loops.undoing_where_there_is_nothing_to_undo,
+    loops.frozen_saved_loaded_unfrozen,
+    loops.undone_after_a_resume,
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("compressor", COMPRESSORS[::2], ids=repr)
+def test_state_that_finds_its_model_loses_and_doubles_nothing(compressor):
+    loops.check_loops(run_ranks(late_loops, 2, compressor), compressor)
 
 
 def subgroups(rank, how):

@@ -495,11 +495,13 @@ class Waits(torch.autograd.Function):
         return gradient
 
 
-def overlap(rank):
+def overlap(rank, freeze):
     torch.manual_seed(0)
     first, last = nn.Linear(32, 32), nn.Linear(32, 4)
     model = nn.ModuleDict({"first": first, "last": last})
-    optimizer = wrapped(model, Identity(), bucket_cap_mb=0.0005)
+    # Weight and bias of the last layer are one bucket.
+    optimizer = wrapped(model, Identity(), bucket_cap_mb=0.0006)
+    last.bias.requires_grad_(not freeze)
     transport = optimizer.compression.transport
     threads, begin = set(), transport.begin_gather
     Waits.sent = threading.Event()
@@ -517,8 +519,9 @@ def overlap(rank):
     return len(threads), threading.get_ident() in threads
 
 
-def test_messages_leave_during_the_backward_pass_on_one_thread():
-    assert run_horovod(overlap, 2) == [(1, False)] * 2
+@pytest.mark.parametrize("freeze", [False, True])
+def test_messages_leave_during_the_backward_pass_on_one_thread(freeze):
+    assert run_horovod(overlap, 2, freeze) == [(1, False)] * 2
 
 
 def resnet_shaped(rank):
