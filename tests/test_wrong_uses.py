@@ -232,7 +232,10 @@ WRONG = [
     ),
     (lambda: CompressionState(LBGM()).stats(), "has no model yet: the first backward pass binds"),
     (lambda: CompressionState(LBGM()).state_dict(), "has no model yet: the first backward pass"),
-    (lambda: CompressionState(LBGM()).load_state_dict({}), "this is not a state that Compression"),
+    (
+        lambda: CompressionState(LBGM()).load_state_dict({}),
+        "this is not a state that CompressionState.state_dict() returned: load the one that gather",
+    ),
     (
         lambda: CompressionState(LBGM()).load_state_dict(state_of(Model()).state_dict()["sender"]),
         "this is not a state that CompressionState.state_dict() returned",

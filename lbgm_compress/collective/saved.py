@@ -40,7 +40,9 @@ def check_saved(state: Any, owner: str) -> None:
     """Raise `ValueError` unless `state` is that of one rank or of all, in a format read here."""
     keys = set(state) if isinstance(state, Mapping) else set()
     if not (keys >= STATE_KEYS or keys >= GATHERED_KEYS):
-        raise ValueError(f"this is not a state that {owner}.state_dict() returned")
+        # As ranks other than the first get it.
+        hint = ": load the one that gather_state_dict() returned on rank 0" if state == {} else ""
+        raise ValueError(f"this is not a state that {owner}.state_dict() returned{hint}")
     if state["format"] != FORMAT:
         raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
 
