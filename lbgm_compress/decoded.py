@@ -49,6 +49,8 @@ def _flat(tensor: Tensor) -> Tensor:
 class Decoded(abc.ABC):
     """A tensor as a receiver decodes it."""
 
+    __slots__ = ()
+
     @abc.abstractmethod
     def dense(self) -> Tensor:
         """Return the dense tensor, which may share memory with this object."""
@@ -85,6 +87,8 @@ class Decoded(abc.ABC):
 class Dense(Decoded):
     """A dense tensor."""
 
+    __slots__ = ("tensor",)
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
@@ -98,6 +102,8 @@ class Dense(Decoded):
 
 class Scaled(Decoded):
     """A multiple of a tensor, with positive zeros."""
+
+    __slots__ = ("factor", "tensor")
 
     def __init__(self, tensor: Decoded, factor: float) -> None:
         self.tensor = tensor
@@ -118,6 +124,8 @@ class Scaled(Decoded):
 
 class Sparse(Decoded):
     """A tensor of a shape with `values` (k) at the flat `indices` (k), and zeros elsewhere."""
+
+    __slots__ = ("indices", "shape", "values")
 
     def __init__(self, indices: Tensor, values: Tensor, shape: torch.Size) -> None:
         self.indices = indices

@@ -52,10 +52,10 @@ def stacked_products(
     tensors are in memory, as those of `torch.dot` do.
     """
     together = stacked(gradients)
-    others = [
-        own if look_back is None else look_back
-        for own, look_back in zip(together.unbind(), look_backs, strict=True)
-    ]
+    others = [look_back for look_back in look_backs if look_back is not None]
+    if len(others) < len(look_backs):
+        pairs = zip(together.unbind(), look_backs, strict=True)
+        others = [own if look_back is None else look_back for own, look_back in pairs]
     g, other = rows(together).double(), rows(stack(others)).double()
     return (g * g).sum(1).tolist(), (g * other).sum(1).tolist()
 

@@ -240,8 +240,7 @@ class LBGM(Wrapper):
             "inner": inner.state,
             **_unit_of(state),
         }
-        head = _head(FULL, 1.0)
-        return Encoding(head, lambda: payload, inner.decoded, state, decision.phase_error)
+        return Encoding(FULL_HEAD, lambda: payload, inner.decoded, state, decision.phase_error)
 
     def decide(
         self,
@@ -308,8 +307,8 @@ class LBGM(Wrapper):
         if decision.recycled:
             return _head(RECYCLED, decision.rho), None
         if len(inner.head) == 1:
-            return _head(FULL, 1.0), inner.body
-        return _head(FULL, 1.0), lambda: inner.payload(device)[1:]
+            return FULL_HEAD, inner.body
+        return FULL_HEAD, lambda: inner.payload(device)[1:]
 
     def _decision(
         self, gradient: Decoded, look_back: LookBack | None, gg: float, gl: float, unit: float
@@ -393,11 +392,11 @@ class LBGM(Wrapper):
                 [rho] = struct.unpack_from("<f", head, 1)
                 if math.isfinite(rho):
                     factors[i], payloads[i] = rho, state["look_back"]
-        parts = [self._split(payload, likes[i]) for i, payload in payloads.items()]
+        parts = [self._split(payload, likes[0]) for payload in payloads.values()]
         look_backs = self.inner.read_batch(
             [head for head, _ in parts],
             [body for _, body in parts],
-            [{} for _ in parts],
+            [{}] * len(parts),
             [likes[i] for i in payloads],
         )
         found: dict[int, tuple[Decoded, State]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbgm_compress._util.collection import paused_collection
 from lbgm_compress._util.ends import (
     STATE_FORMAT,
     check_entry,
@@ -81,6 +82,7 @@ class Receiver:
         # The entries that a step has replaced.
         self._before: dict[tuple[int | str, str], dict[str, Any] | None] | None = None
 
+    @paused_collection()
     def decompress(
         self,
         sender_id: int | str,
@@ -126,6 +128,7 @@ class Receiver:
         self._commit(sender_id, states)
         return tensors
 
+    @paused_collection()
     def accumulate(
         self,
         sender_id: int | str,

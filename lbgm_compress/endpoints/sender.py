@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lbgm_compress._util.checks import check_whole
+from lbgm_compress._util.collection import paused_collection
 from lbgm_compress._util.ends import (
     STATE_FORMAT,
     check_entry,
@@ -116,6 +117,7 @@ class Sender:
         """
         return self.encode(grads, peer, loss_scale=loss_scale)[0]
 
+    @paused_collection()
     def encode(
         self, grads: Mapping[str, Tensor], peer: Tensor | None = None, *, loss_scale: float = 1.0
     ) -> tuple[Tensor, dict[str, Decoded]]:

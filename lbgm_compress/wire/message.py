@@ -39,6 +39,7 @@ checkpoint.
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
@@ -124,11 +125,16 @@ class Message:
     heads: Sequence[bytes]
     bodies: Sequence[Tensor | None]
 
+    @functools.cached_property
+    def _lengths(self) -> list[bytes]:
+        """The size of each body, as it is sent; empty where there is none."""
+        return [b"" if body is None else varint(body.numel()) for body in self.bodies]
+
     def sizes(self) -> list[int]:
         """Return the size in bytes of each tensor's part: head, size of the body, and body."""
         return [
-            len(head) + (0 if body is None else len(varint(body.numel())) + body.numel())
-            for head, body in zip(self.heads, self.bodies, strict=True)
+            len(head) + len(length) + (0 if body is None else body.numel())
+            for head, length, body in zip(self.heads, self._lengths, self.bodies, strict=True)
         ]
 
     def numel(self) -> int:
@@ -139,7 +145,7 @@ class Message:
     def pack(self, device: torch.device) -> Tensor:
         """Return the message as one flat uint8 tensor on `device`."""
         present = [body for body in self.bodies if body is not None]
-        table = b"".join(varint(body.numel()) for body in present)
+        table = b"".join(self._lengths)
         if any(head[0] & SETS for head in self.heads):
             table = struct.pack("<Q", self.identifier) + table
         size = len(table) + sum(body.numel() for body in present)
