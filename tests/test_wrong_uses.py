@@ -175,13 +175,13 @@ WRONG = [
         lambda: CompressionState(LBGM(), [*pairs(), *pairs()]),
         "two parameters of the name 'embedding.weight': give those of one model",
     ),
-    (lambda: CompressionState(LBGM(), 3), "named_parameters is a int: give model.named_par"),
+    (lambda: CompressionState(LBGM(), 3), "named_parameters is of type int: give model.named_par"),
     (lambda: CompressionState(LBGM(), ["w"]), "has 'w' in the place of a pair: give model.named_p"),
     (lambda: CompressionState(LBGM(), [("w", 1.0)]), "a pair of str and float in the place of a n"),
     (lambda: CompressionState(LBGM(), distributed_tensor()), "parameter 'w' is a DTensor, as full"),
     (
         lambda: CompressionState(LBGM(), [("w", torch.ones(4))]),
-        "named_parameters has no parameter that requires a gradient",
+        "named_parameters has no parameter that requires a gradient: give model.named_parameters()",
     ),
     (
         lambda: CompressionState(LBGM(), Model().named_modules()),
@@ -228,7 +228,7 @@ WRONG = [
     # A state without a model yet
     (
         lambda: CompressionState(LBGM(), process_group=dist.group.WORLD),
-        "process_group without named_parameters: leave out both",
+        "process_group is given without named_parameters: leave out both",
     ),
     (lambda: CompressionState(LBGM()).stats(), "has no model yet: the first backward pass binds"),
     (lambda: CompressionState(LBGM()).state_dict(), "has no model yet: the first backward pass"),
@@ -272,11 +272,11 @@ WRONG = [
     (lambda: DistributedOptimizer(sgd(), LBGM(), pairs(), op="Sum"), "has no argument 'op', which"),
     (
         lambda: DistributedOptimizer(sgd(), pairs()),
-        "the arguments are those of Horovod's own: write DistributedOptimizer(optimizer, compre",
+        "those of Horovod's own DistributedOptimizer: write DistributedOptimizer(optimizer, comp",
     ),
     (
         lambda: DistributedOptimizer(torch.optim.SGD, LBGM()),
-        "optimizer must be a torch.optim.Optimizer, not SGD: write DistributedOptimizer(optimizer,",
+        "optimizer must be a torch.optim.Optimizer, not the class SGD: write DistributedOptim",
     ),
     (
         lambda: DistributedOptimizer(Model(), LBGM()),
@@ -290,7 +290,10 @@ WRONG = [
         lambda: DistributedOptimizer(sgd(), LBGM(), Model().parameters()),
         "tensors without names, as model.parameters() has",
     ),
-    (lambda: DistributedOptimizer(sgd(), LBGM(), pairs()), "one or more model parameters were not"),
+    (
+        lambda: DistributedOptimizer(sgd(), LBGM(), pairs()),
+        "were not named: give model.named_parameters() of the",
+    ),
     (
         lambda: DistributedOptimizer(
             torch.optim.SGD(distributed_tensor(), lr=0.1), LBGM(), distributed_tensor()

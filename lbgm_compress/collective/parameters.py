@@ -40,11 +40,11 @@ def named_pairs(
             f"parameters: {give}"
         )
     if not isinstance(named_parameters, Iterable):
-        raise TypeError(f"{argument} is a {type(named_parameters).__name__}: {give}")
+        raise TypeError(f"{argument} is of type {type(named_parameters).__name__}: {give}")
     pairs = list(named_parameters)
     if not pairs:
         raise ValueError(
-            f"{argument} has no parameter that requires a gradient, for it is empty: if it is an "
+            f"{argument} is empty, and so has no parameter that requires a gradient: if it is an "
             "iterator that was used before, call model.named_parameters() again"
         )
     names: dict[str, Tensor] = {}

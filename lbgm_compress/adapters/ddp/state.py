@@ -93,8 +93,8 @@ class CompressionState(BackgroundAverager):
             check_group(process_group)
         if named_parameters is None and process_group is not None:
             raise TypeError(
-                "process_group without named_parameters: leave out both, and the model's are taken "
-                "in the first backward pass"
+                "process_group is given without named_parameters: leave out both, and those of the "
+                "model are taken in the first backward pass"
             )
         self._bound = False
         self._model: Callable[[], DistributedDataParallel | None] = _nothing
@@ -111,7 +111,7 @@ class CompressionState(BackgroundAverager):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             raise AttributeError(
                 "this CompressionState has no model yet: the first backward pass binds it to the "
-                "model whose hook it is"
+                "model that it is registered with"
             )
 
     def _bind(
@@ -122,7 +122,10 @@ class CompressionState(BackgroundAverager):
             raise RuntimeError("call torch.distributed.init_process_group() first")
         parameters = {name: p for name, p in pairs if may_have_gradient(p)}
         if not any(p.requires_grad for p in parameters.values()):
-            raise ValueError("named_parameters has no parameter that requires a gradient")
+            raise ValueError(
+                "named_parameters has no parameter that requires a gradient: give "
+                "model.named_parameters() of the model that is trained"
+            )
         self.process_group = process_group if process_group is not None else default_group()
         transport = ProcessGroupTransport(group_like(self.process_group))
         super().__init__(self._given, parameters, transport, **self._options)
@@ -261,8 +264,9 @@ class CompressionState(BackgroundAverager):
         for parameter in parameters:
             if id(parameter) not in self._names:
                 raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} is not one of the model that "
-                    "this CompressionState belongs to: every model needs a state of its own"
+                    f"a parameter of shape {tuple(parameter.shape)} is not a parameter of the "
+                    "model that this CompressionState belongs to: every model needs a state of "
+                    "its own"
                 )
         names = [self._names[id(parameter)] for parameter in parameters]
         if bucket.buffer().is_sparse:
@@ -273,7 +277,7 @@ class CompressionState(BackgroundAverager):
         for name, parameter, grad in zip(names, parameters, gradients, strict=True):
             if grad.dtype != parameter.dtype:
                 raise TypeError(
-                    f"the gradient of {name!r} has {grad.dtype}, and the parameter "
+                    f"the gradient of {name!r} has dtype {grad.dtype}, and its parameter "
                     f"{parameter.dtype}: register compression_hook by itself, without "
                     "fp16_compress_wrapper or bf16_compress_wrapper; a compressor has values=..."
                 )

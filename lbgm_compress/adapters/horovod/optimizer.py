@@ -207,7 +207,8 @@ def _check_call(
     """Return the compressor; raise `TypeError` for another call, such as that of Horovod's own."""
     call = "write DistributedOptimizer(optimizer, compressor, model.named_parameters())"
     if not isinstance(optimizer, torch.optim.Optimizer):
-        found = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        is_class = isinstance(optimizer, type)
+        found = f"the class {optimizer.__name__}" if is_class else type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {found}: {call}")
     if "compression" in misused:
         raise TypeError(f"the compressor is the second argument, not compression=...: {call}")
@@ -219,8 +220,9 @@ def _check_call(
             f"DistributedOptimizer has no argument {name!r}, which Horovod's own may have: {call}"
         )
     if isinstance(compressor, Iterable) and not isinstance(compressor, (str, type)):
-        what = "swapped" if isinstance(named_parameters, Compressor) else "those of Horovod's own"
-        raise TypeError(f"the arguments are {what}: {call}")
+        if isinstance(named_parameters, Compressor):
+            raise TypeError(f"the arguments are swapped: {call}")
+        raise TypeError(f"the arguments are those of Horovod's own DistributedOptimizer: {call}")
     check_compressor(compressor)
     return cast("Compressor", compressor)
 
@@ -244,7 +246,8 @@ def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str,
     unnamed = [tuple(p.shape) for key, p in mine.items() if key not in found]
     if unnamed:
         raise ValueError(
-            "named_parameters was specified, but one or more model parameters were not named. "
-            f"Their shapes: {', '.join(map(str, unnamed))}"
+            "named_parameters was specified, but one or more model parameters were not named: give "
+            "model.named_parameters() of the model that the optimizer was made for. The shapes of "
+            f"those without a name: {', '.join(map(str, unnamed))}"
         )
     return {name: p for name, p in named if id(p) in mine and may_have_gradient(p)}
