@@ -34,6 +34,12 @@ class Wrapper(Compressor):
     inner: Compressor
 
     def __post_init__(self) -> None:
+        if isinstance(self.inner, type) and issubclass(self.inner, Compressor):
+            name = self.inner.__name__
+            raise ValueError(
+                f"{type(self).__name__} wraps a compressor, not the class {name}: write "
+                f"{name}(...), with brackets"
+            )
         if not isinstance(self.inner, Compressor):
             raise ValueError(f"{type(self).__name__} wraps a compressor, not {self.inner!r}")
 

@@ -333,7 +333,7 @@ WRONG = [
     # Compressors and expressions
     (lambda: LBGM(LBGM()), "looks back itself"),
     (lambda: LBGM(0.2), "LBGM wraps a compressor, not 0.2"),
-    (lambda: ErrorFeedback(TopK), "ErrorFeedback wraps a compressor, not"),
+    (lambda: ErrorFeedback(TopK), "not the class TopK: write TopK(...), with brackets"),
     (lambda: TopK(10), "ratio must be above 0 and at most 1, not 10"),
     (lambda: Atomo(0.5), "rank must be a whole number of at least 1, not 0.5"),
     (lambda: SignSGD(scaled=True, vote=True), "a majority vote discards the scales"),
