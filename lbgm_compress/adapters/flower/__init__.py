@@ -20,7 +20,8 @@ A round has three steps:
 
 A client uses a look-back gradient only if the digest says that the server holds the same one.
 Therefore a lost reply, a late client or a restart at either end costs one full update, and never
-gives a wrong one.
+gives a wrong one. With error feedback, what a reply carried that did not go into the model comes
+back into the client's residual with the next request.
 
 Compressors of your own are named at both ends: ``CompressionMod(compressors=[RandomK])`` and
 ``CompressedStrategy(FedAvg(), RandomK(0.1), compressors=[RandomK])``.

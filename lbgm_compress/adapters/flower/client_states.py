@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,11 @@ class ClientStates:
         None.
     memory_limit
         The largest number of bytes to hold between rounds, or None.
+
+    Attributes
+    ----------
+    rounds
+        The number of the current round, or of the last one. A round that fails has a number too.
     """
 
     def __init__(
@@ -65,6 +70,10 @@ class ClientStates:
         self.compressor = compressor
         self.keep_rounds, self.memory_limit = keep_rounds, memory_limit
         self.rounds = 0
+        # The number of the last round in which each client's reply went into the model. Of rounds
+        # up to `_unknown_until` that is not remembered.
+        self._applied: dict[int, int] = {}
+        self._unknown_until = 0
         # In the order of their last replies, the oldest first.
         self._clients: dict[int, _Client] = {}
         self._bytes = 0
@@ -146,6 +155,14 @@ class ClientStates:
         if client is not None:
             self._bytes -= client.nbytes
 
+    def applied(self, node: int) -> int:
+        """Return the number of a round after which no reply of a client went into the model."""
+        return max(self._applied.get(node, 0), self._unknown_until)
+
+    def set_applied(self, nodes: Iterable[int]) -> None:
+        """Remember that the replies of these clients in this round went into the model."""
+        self._applied.update(dict.fromkeys(nodes, self.rounds))
+
     def end_round(self) -> None:
         """Drop states that are too old, and the oldest ones as long as the limit is exceeded.
 
@@ -156,6 +173,13 @@ class ClientStates:
             full = self.memory_limit is not None and self._bytes > self.memory_limit
             if old or full:
                 self.drop(node)
+        if self.keep_rounds is not None:
+            self._unknown_until = max(self._unknown_until, self.rounds - self.keep_rounds)
+            self._applied = {
+                node: number
+                for node, number in self._applied.items()
+                if number > self._unknown_until
+            }
 
     def state_dict(self) -> dict[str, Any]:
         """Return all states as a nested dict of tensors, numbers and strings."""
@@ -164,6 +188,8 @@ class ClientStates:
         return {
             "compressor": repr(self.compressor),
             "rounds": self.rounds,
+            "applied": dict(self._applied),
+            "unknown-until": self._unknown_until,
             "layouts": [list(map(list, layout)) for layout in layouts],
             "clients": {
                 node: {
@@ -207,7 +233,13 @@ class ClientStates:
             clients[int(node)] = _Client(
                 layout, int(entry["seen"]), layout_of(likes)[1], digest, data
             )
-        self.rounds = int(state["rounds"])
+        rounds = int(state["rounds"])
+        # States of older releases do not hold it.
+        unknown_until = int(state.get("unknown-until", rounds))
+        applied = {int(node): int(number) for node, number in state.get("applied", {}).items()}
+        if not all(0 <= number <= rounds for number in (unknown_until, *applied.values())):
+            raise ValueError(f"a round of the state is not one of its {rounds} rounds")
+        self.rounds, self._applied, self._unknown_until = rounds, applied, unknown_until
         self._clients = clients
         self._bytes = sum(client.nbytes for client in clients.values())
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state, write_state
 from lbgm_compress.adapters.flower.client_states import layout_of
+from lbgm_compress.adapters.flower.last_message import give_back, last_message
 from lbgm_compress.adapters.flower.reply import (
     NDArray,
     Reply,
@@ -31,6 +32,8 @@ from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressionMod", "compression_mod"]
 
+# The key of the last message in a saved state, beside those of the sender.
+LAST = "last"
 ClientAppCallable = Callable[[Message, Context], Message]
 logger = logging.getLogger("flwr")
 
@@ -45,8 +48,14 @@ class CompressionMod:
     Between rounds the mod keeps the compact state of a `lbgm_compress.Sender`: the compressed
     look-back gradients, and a residual of the model's size for each `ErrorFeedback`. By default
     the state is in ``context.state``, which Flower keeps for the run and moves through its messages
-    inside the client in every round. An update whose reply is lost is lost with it, residual
-    included, as it would be without compression.
+    inside the client in every round.
+
+    With error feedback, the mod also keeps its last message and what its receiver held before it,
+    both compressed. If the message did not go into the model, because the round was thrown away or
+    the reply was lost, late or rejected, the next request says so. What the message carried is then
+    added to the residual. The client trusts its server in this. What a message carried is lost if
+    the client is never asked again, or asked after more than the server's `keep_rounds` rounds, if
+    its own state is lost, or if the server restarts without its saved state.
 
     Parameters
     ----------
@@ -127,23 +136,31 @@ class CompressionMod:
             parts, changes = updates(sent, new, excluded)
             sender = self._sender(request, ctxt, changes)
             message = None
+            before = sender.state_dict()
             if changes:
                 peer = _digest(request, compressible(parts, excluded), changes)
                 try:
                     message = sender.compress(changes, peer)
                 except PayloadError as error:
                     sender = self._fresh(request, ctxt)
+                    before = sender.state_dict()
                     logger.warning("compression_mod: the kept state is not used: %s", error)
                     message = sender.compress(changes, peer)
         except ValueError as error:
             return _failed(error, msg)
         exact = {name: new[name] for name, part in parts.items() if part.exact}
         reply.content[key] = ArrayRecord({KEY: Reply(parts, exact, message).pack(defaults)})
-        self._keep(request, ctxt, sender)
+        state = sender.state_dict()
+        if message is not None and request.round is not None and request.compressor.has_residual:
+            state[LAST] = last_message(message, before, sender, request.round)
+        self._keep(request, ctxt, state)
         return reply
 
     def _sender(self, request: Request, ctxt: Context, changes: Mapping[str, Tensor]) -> Sender:
-        """Return the sender of this training as the last round left it, or a new one."""
+        """Return the sender of this training as the last round left it, or a new one.
+
+        A last message that did not go into the model has been given back to it.
+        """
         sender = self._fresh(request, ctxt)
         data = self._kept(request, ctxt)
         if data is None:
@@ -160,6 +177,12 @@ class CompressionMod:
             sender.load_state_dict(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("compression_mod: the kept state is not used: %s", error)
+            return sender
+        try:
+            if LAST in state and give_back(sender, state[LAST], request):
+                logger.info("compression_mod: the last update did not go into the model")
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            logger.warning("compression_mod: the last message is not given back: %s", error)
         return sender
 
     def _fresh(self, request: Request, ctxt: Context) -> Sender:
@@ -180,8 +203,7 @@ class CompressionMod:
         state = record.get("state")
         return state if isinstance(state, bytes) else None
 
-    def _keep(self, request: Request, ctxt: Context, sender: Sender) -> None:
-        state = sender.state_dict()
+    def _keep(self, request: Request, ctxt: Context, state: Mapping[str, Any]) -> None:
         if self.state_dir is not None:
             self.state_dir.mkdir(parents=True, exist_ok=True)
             write_state(self._file(request, ctxt), state)

@@ -9,6 +9,12 @@ empty if it holds none). The object has these keys:
 - ``exclude``: a list of patterns for names of arrays
 - ``training``: an identifier of the training, which a restored server keeps
 - ``layout``: a hash, in hexadecimal digits, of the names, shapes and dtypes that the digest is for
+- ``round``: the number of this round; rounds of a training are numbered from 1
+- ``applied``: a number below ``round``. No reply of the client in a round after it went into the
+  model. The client keeps its residual as it is for that round and those before it.
+
+The last two are not there if the client is asked more than once in the round, or by a release that
+does not know them. Older clients ignore them.
 """
 
 from __future__ import annotations
@@ -39,16 +45,20 @@ class Request:
     training: str
     layout: bytes
     digest: bytes
+    round: int | None = None
+    applied: int = 0
 
     def pack(self) -> bytes:
         """Return the bytes that travel."""
-        head = {
+        head: dict[str, Any] = {
             "version": VERSION,
             "compressor": repr(self.compressor),
             "exclude": self.exclude,
             "training": self.training,
             "layout": self.layout.hex(),
         }
+        if self.round is not None:
+            head["round"], head["applied"] = self.round, self.applied
         return json.dumps(head).encode() + b"\0" + self.digest
 
     @staticmethod
@@ -76,12 +86,19 @@ class Request:
             version, training = head["version"], str(head["training"])
             layout = bytes.fromhex(head["layout"])
             expression, exclude = str(head["compressor"]), tuple(map(str, head["exclude"]))
+            round_, applied = head.get("round"), head.get("applied", 0)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the request cannot be read: {error!r}") from None
         if version != VERSION:
             raise ValueError(
                 f"the server's request has version {version}, this client reads version {VERSION}: "
                 "use the same release of lbgm_compress at both ends"
+            )
+        if round_ is not None and not (
+            type(round_) is type(applied) is int and 0 <= applied < round_ < 2**63
+        ):
+            raise ValueError(
+                f"the request cannot be read: its round is {round_!r}, after {applied!r}"
             )
         try:
             compressor = parse_compressor(expression, compressors)
@@ -92,7 +109,8 @@ class Request:
                     f"{names}: use CompressionMod(compressors=[{names}])"
                 ) from None
             raise ValueError(f"the server's compressor cannot be built: {error}") from None
-        return Request(compressor, exclude, training, layout, digest)
+        known = (None, 0) if round_ is None else (round_, applied)
+        return Request(compressor, exclude, training, layout, digest, *known)
 
 
 def check_expression(compressor: Compressor, compressors: Sequence[type]) -> None:

@@ -81,6 +81,10 @@ class TrainRound:
         self.sent(record)
         self._asked.setdefault(message.metadata.dst_node_id, []).append(Asked(message, key, record))
 
+    def asked_once(self, node: int) -> bool:
+        """Return whether a client has been sent exactly one message."""
+        return len(self._asked.get(node, ())) == 1
+
     def receive(self, reply: Message) -> Received:
         """Return a reply together with the message of this round that it answers, if there is one.
 

@@ -53,6 +53,11 @@ class CompressedStrategy(Strategy):
     error reply, is logged and counted, and changes no state of another client. Replies to an
     evaluation are rejected in the same way.
 
+    The replies of a round are thrown away if the inner strategy returns None in the place of arrays
+    (too few replies) or raises an error. Clients with error feedback learn from the next train
+    message that their reply was thrown away, rejected or lost, and add what it carried to their
+    residual. A strategy that keeps replies for a later round must therefore not return None.
+
     The aggregated MetricRecord of a round gets four more entries. Three are about the replies that
     were decoded:
 
@@ -76,8 +81,9 @@ class CompressedStrategy(Strategy):
         of your own, and classes that their constructors take as arguments. Clients need the same
         classes: ``CompressionMod(compressors=[...])``.
     keep_rounds
-        The number of rounds after which the state of a client that has not replied is dropped.
-        None keeps it for good.
+        The number of rounds after which the state of a client that has not replied is dropped,
+        and after which the server forgets that a reply went into the model. None keeps both for
+        good.
     memory_limit
         The largest number of bytes to hold of all clients together between rounds. The states of
         the least recently seen clients are dropped first. None is no limit.
@@ -153,16 +159,21 @@ class CompressedStrategy(Strategy):
         self._log.write_line()
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         self._round = TrainRound(self.exclude)
+        self._states.rounds += 1
         for message in messages:
             self._round.add(message)
+        for message in messages:
             message.content = self._with_request(message.content, message.metadata.dst_node_id)
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Decode the replies, and let the inner strategy aggregate them."""
-        self._states.rounds += 1
+        """Decode the replies, and let the inner strategy aggregate them.
+
+        If it raises, or returns no arrays, the replies are thrown away. Clients learn of it with
+        the next train message.
+        """
         received = [self._round.receive(reply) for reply in replies]
         self._screening.check_metrics(received, self.strategy, "train")
         statistics = self._uplink.decode(self._round, received)
@@ -171,6 +182,12 @@ class CompressedStrategy(Strategy):
         self.totals.add(statistics)
         logger.info("compression: %s; held of %d clients: %s", statistics, *self._held_now())
         arrays, metrics = self.strategy.aggregate_train(server_round, dense)
+        if arrays is not None:
+            self._states.set_applied(
+                reply.asked.message.metadata.dst_node_id
+                for reply in received
+                if reply.accepted and reply.asked is not None
+            )
         if received:
             metrics = MetricRecord() if metrics is None else metrics
             for name, value in statistics.metrics().items():
@@ -273,7 +290,8 @@ class CompressedStrategy(Strategy):
 
         The dict survives `torch.save` and ``torch.load(weights_only=True)``; `save` and `load`
         write and read it without pickle. It does not contain the parameters, nor the state of the
-        inner strategy, such as a momentum.
+        inner strategy, such as a momentum. Save the parameters of the same round with it: clients
+        give back a last message that the state does not know as applied.
         """
         return {"format": FORMAT, "training": self.training, **self._states.state_dict()}
 
@@ -319,7 +337,11 @@ class CompressedStrategy(Strategy):
     def _with_request(self, content: RecordDict, node: int) -> RecordDict:
         """Return a copy of a message's content for one client, with the request in it."""
         layout, digest = self._states.digest(node)
-        request = Request(self.compressor, self.exclude, self.training, layout, digest).pack()
+        number = self._states.rounds if self._round.asked_once(node) else None
+        request = Request(
+            *(self.compressor, self.exclude, self.training, layout, digest),
+            *(number, self._states.applied(node)),
+        ).pack()
         configs = content.config_records
         if configs:
             # Mods of differential privacy need exactly one ConfigRecord.
