@@ -1,13 +1,14 @@
-"""Measure how long compressors take for the 161 gradients of ResNet-50.
+"""Measure how long compressors take for the gradients of ResNet-50, GPT-2 and many small tensors.
 
 Times are medians in ms on the CPU, and ratios to peers that are measured in the same run and in
 turns, so that a busy machine slows both. The peers are one read of the gradients and the look-back
 gradients, which is the least that an angle can cost; `torch.topk` on every tensor with int64
-indices, as GRACE selects; and torch's PowerSGD hook.
+indices, as GRACE selects; torch's PowerSGD hook; and a backward pass without compression.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import sys
@@ -25,9 +26,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common.backward import backward_times
+from benchmarks.common.baselines import Dense as Plain
 from benchmarks.common.baselines import PowerSGD
-from benchmarks.common.command_line import Parser, check_file, positive, start
-from benchmarks.common.shapes import resnet50_shapes
+from benchmarks.common.command_line import Parser, check_file, listed, positive, start
+from benchmarks.common.shapes import gpt2_shapes, random_gradients, resnet50_shapes
 from benchmarks.common.tables import console, make_table, write_csv
 from lbgm_compress import (
     LBGM,
@@ -47,6 +50,15 @@ RATIO = 0.01
 RANKS = (1, 2, 4)
 READ = "one read of both buffers"
 PEER = f"torch.topk on every tensor, {RATIO:.0%}, int64 indices"
+# A model of many parameters of few elements.
+COUNT, SIZE = 3000, 4
+SMALL = f"{COUNT:,} x {SIZE}"
+# Compressors for it, and how many times a backward pass without compression they may take.
+BOUNDS: dict[Compressor, float] = {
+    LBGM(): 3.0,
+    LBGM(TopK(0.1)): 4.0,
+    ErrorFeedback(LookBackSubspace(4, values="int4")): 5.0,
+}
 Step = Callable[[], object]
 
 
@@ -202,7 +214,7 @@ def add_steps(
     steps[f"{compressor!r} decode"] = lambda: receiver.decompress("worker", latest["message"])
 
 
-def add_subspace_steps(
+def add_rounds(
     steps: dict[str, Step],
     compressor: Compressor,
     gradients: dict[str, Tensor],
@@ -296,7 +308,7 @@ def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]
         # A direction is replaced in every round, or in none.
         for delta in (0.0, 1.0):
             compressor = ErrorFeedback(LookBackSubspace(rank, delta))
-            add_subspace_steps(steps, compressor, gradients, others)
+            add_rounds(steps, compressor, gradients, others)
     took = measure(steps, repeats, advance)
     dist.destroy_process_group()
     rows = []
@@ -308,6 +320,47 @@ def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]
             encode, decode = took[f"{name} encode"], took[f"{name} decode"]
             rows.append(Row(name, encode, decode, power_name(rank), (encode + decode) / peer, 1.5))
     return rows
+
+
+def many_tensors(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure models of many tensors, of few elements each or of very different sizes."""
+    rows = []
+    models = {SMALL: {str(i): (SIZE,) for i in range(COUNT)}, "GPT-2 small": gpt2_shapes()}
+    for model, shapes in models.items():
+        gradients, others = random_gradients(shapes, seed), random_gradients(shapes, seed + 1)
+        for compressor in BOUNDS:
+            steps: dict[str, Step] = {}
+            add_rounds(steps, compressor, gradients, others)
+            took = measure(steps, max(1, repeats // 3), lambda: None)
+            encode, decode = took[f"{compressor!r} encode"], took[f"{compressor!r} decode"]
+            rows.append(Row(f"{compressor!r}, {model}", encode, decode, "", None, None))
+    for _ in range(repeats):
+        advance()
+    return rows
+
+
+def backward_passes(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure backward passes of a model of many small tensors through DDP on two ranks."""
+    plain, *found = backward_times([Plain(), *BOUNDS], COUNT, SIZE, repeats, seed)
+    for _ in range(repeats):
+        advance()
+    peer = f"backward pass, {SMALL}, two ranks"
+    rows = [Row(peer, plain.seconds * 1e3, None, "", None, None)]
+    for (compressor, bound), backward in zip(BOUNDS.items(), found, strict=True):
+        ratio = backward.seconds / plain.seconds
+        what = f"{compressor!r}, {peer}"
+        rows.append(Row(what, backward.seconds * 1e3, None, peer, ratio, bound))
+    return rows
+
+
+PARTS = {
+    "angles": angles,
+    "selections": selections,
+    "factors": factors,
+    "subspaces": subspaces,
+    "many-tensors": many_tensors,
+    "backward-passes": backward_passes,
+}
 
 
 def csv_rows(rows: Sequence[Row]) -> list[tuple[object, ...]]:
@@ -344,12 +397,19 @@ def table_of(rows: Sequence[Row]) -> Table:
         if row.ratio is not None and row.bound is not None and row.ratio > row.bound
     ]
     return make_table(
-        f"ResNet-50, 161 tensors, float32, {torch.get_num_threads()} threads",
+        f"ResNet-50, 161 tensors, and others; float32, {torch.get_num_threads()} threads",
         ("what", "encode ms", "decode ms", "ratio", "bound", "ratio to"),
         cells,
         left=("ratio to",),
         red=broken,
     )
+
+
+def part(text: str) -> str:
+    """Return the name of a part."""
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PARTS)}")
+    return text
 
 
 def build_parser() -> Parser:
@@ -364,6 +424,13 @@ def build_parser() -> Parser:
         help="measurements of each (default: 15)",
     )
     add("--seed", type=int, default=0, help="seed of the gradients (default: 0)")
+    add(
+        "--parts",
+        type=listed(part),
+        default=list(PARTS),
+        metavar="LIST",
+        help=f"what to measure, comma-separated: {', '.join(PARTS)} (default: all)",
+    )
     add(
         "--out",
         type=Path,
@@ -383,12 +450,11 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     printer = console()
-    parts = (angles, selections, factors, subspaces)
     rows: list[Row] = []
     with Progress(console=printer, disable=not printer.is_terminal, transient=True) as progress:
-        task = progress.add_task("measuring times", total=len(parts) * options.repeats)
-        for part in parts:
-            rows += part(options.seed, options.repeats, lambda: progress.advance(task))
+        task = progress.add_task("measuring times", total=len(options.parts) * options.repeats)
+        for name in options.parts:
+            rows += PARTS[name](options.seed, options.repeats, lambda: progress.advance(task))
     columns = ("what", "encode_ms", "decode_ms", "peer", "ratio_to_peer", "bound")
     write_csv(options.out, columns, csv_rows(rows))
     printer.print(table_of(rows))

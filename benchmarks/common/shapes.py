@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["random_gradients", "resnet50_shapes", "transformer_shapes"]
+__all__ = ["gpt2_shapes", "random_gradients", "resnet50_shapes", "transformer_shapes"]
 
 
 def resnet50_shapes() -> dict[str, tuple[int, ...]]:
@@ -40,10 +40,10 @@ def resnet50_shapes() -> dict[str, tuple[int, ...]]:
 def transformer_shapes(
     layers: int = 24, width: int = 2048, vocabulary: int = 50257, length: int = 2048
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a decoder with 1.3 billion parameters, by name.
+    """Return the shapes of a decoder by name, by default of one with 1.3 billion parameters.
 
-    Sizes are those of GPT-3 XL (arXiv 2005.14165, table 2.1). The embedding is shared with the
-    output layer.
+    The default sizes are those of GPT-3 XL (arXiv 2005.14165, table 2.1). The embedding is shared
+    with the output layer.
     """
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (vocabulary, width),
@@ -59,6 +59,11 @@ def transformer_shapes(
             shapes[f"{layer}.{norm}.bias"] = (width,)
     shapes["norm.weight"], shapes["norm.bias"] = (width,), (width,)
     return shapes
+
+
+def gpt2_shapes() -> dict[str, tuple[int, ...]]:
+    """Return the 148 shapes of GPT-2 small (Radford et al., 2019, table 2) by name."""
+    return transformer_shapes(layers=12, width=768, vocabulary=50257, length=1024)
 
 
 def random_gradients(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
