@@ -2,7 +2,7 @@
 
 With error feedback, what a message carries has left the client's residual. If the server throws the
 round away, the client takes the tensors back from the message, which it decodes as the server would
-have. It therefore keeps the message, and what its receiver held before it.
+have. It therefore keeps the message, and what its receiver held before it if decoding needs that.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from lbgm_compress.adapters.flower.request import Request
 from lbgm_compress.endpoints import Receiver, Sender
+from lbgm_compress.wire.message import Kind
 
 __all__ = ["give_back", "last_message"]
+
+USES, SETS = int(Kind.USES), int(Kind.SETS)
 
 
 def last_message(
@@ -35,17 +38,17 @@ def last_message(
     number
         The number of the round.
     """
-    entries, after = before["tensors"], sender.state_dict()["tensors"]
-    names = sender.sent.names
+    names, kinds = sender.sent.names, sender.sent.kinds
     return {
         "round": number,
         "names": names,
         "message": message,
-        # What has not been replaced is in the sender's own state.
+        # What has not been replaced is in the sender's own state, and what is not used is not
+        # needed.
         "held": {
-            name: _held(entries[name])
-            for name in names
-            if name in entries and entries[name]["id"] != after[name]["id"]
+            name: _held(before["tensors"][name])
+            for name, kind in zip(names, kinds, strict=True)
+            if kind & USES and kind & SETS
         },
     }
 
