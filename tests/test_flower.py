@@ -269,6 +269,17 @@ def test_request_of_another_release_is_refused_by_the_client():
     [
         ((flower.FedAvg(), LBGM()), {"exclude": [1]}, TypeError, "list of str"),
         ((flower.FedAvg, LBGM()), {}, TypeError, "wraps a flwr"),
+        (
+            (
+                flower.DifferentialPrivacyClientSideFixedClipping(
+                    CompressedStrategy(flower.FedAvg(), LBGM()), 0.01, 1.0, 6
+                ),
+                LBGM(),
+            ),
+            {},
+            TypeError,
+            "Clipping has a CompressedStrategy inside already: use it as it is",
+        ),
         ((flower.FedAvg(), "LBGM()"), {}, TypeError, "expected a compressor"),
         ((flower.FedAvg(), SignSGD(vote=True)), {}, ValueError, "majority vote"),
         ((flower.FedAvg(), LBGM()), {"exclude": "head"}, TypeError, "list of patterns"),

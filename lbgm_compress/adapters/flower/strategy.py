@@ -120,6 +120,11 @@ class CompressedStrategy(Strategy):
             raise TypeError(
                 f"CompressedStrategy wraps a flwr.serverapp.strategy.Strategy, not {strategy!r}"
             )
+        if _compresses_inside(strategy):
+            raise TypeError(
+                f"the {type(strategy).__name__} has a CompressedStrategy inside already: use it as "
+                "it is"
+            )
         check_compressor(compressor)
         if compressor.finishes_average:
             raise ValueError(
@@ -364,6 +369,14 @@ class CompressedStrategy(Strategy):
             *(indent, totals.replies, totals.failed, totals.rejected),
         )
         logger.info("%s└── Held now of %d clients: %s", indent, *self._held_now())
+
+
+def _compresses_inside(strategy: Any) -> bool:
+    """Return whether a strategy has a `CompressedStrategy` inside, at any depth."""
+    inner = getattr(strategy, "strategy", None)
+    return inner is not None and (
+        isinstance(inner, CompressedStrategy) or _compresses_inside(inner)
+    )
 
 
 def _verdict(received: Received) -> Message:
