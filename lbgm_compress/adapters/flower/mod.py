@@ -50,12 +50,13 @@ class CompressionMod:
     the state is in ``context.state``, which Flower keeps for the run and moves through its messages
     inside the client in every round.
 
-    With error feedback, the mod also keeps its last message and, if decoding it needs that, what its
-    receiver held before it, both compressed. If the message did not go into the model, because the round was thrown away or
-    the reply was lost, late or rejected, the next request says so. What the message carried is then
-    added to the residual. The client trusts its server in this. What a message carried is lost if
-    the client is never asked again, or asked after more than the server's `keep_rounds` rounds, if
-    its own state is lost, or if the server restarts without its saved state.
+    With error feedback, the mod also keeps its last message and, if decoding it needs that, what
+    its receiver held before it, both compressed. If the message did not go into the model, because
+    the round was thrown away or the reply was lost, late or rejected, the next request says so.
+    What the message carried is then added to the residual. The client trusts its server in this.
+    What a message carried is lost if the client is never asked again, or asked after more than the
+    server's `keep_rounds` rounds, if its own state is lost, or if the server restarts without its
+    saved state.
 
     Parameters
     ----------
