@@ -512,6 +512,14 @@ def dense_from_bytes(body: Tensor, like: Tensor) -> Dense:
     return Dense(from_bytes(body, like.dtype).view(like.shape))
 
 
+def dense_from_stack(bodies: Tensor, like: Tensor) -> list[Dense] | None:
+    """Return what `dense_from_bytes` returns for stacked bodies; None if their size is wrong."""
+    if bodies.shape[1] != like.numel() * like.dtype.itemsize:
+        return None
+    tensors = from_bytes(bodies.reshape(-1), like.dtype).view(len(bodies), *like.shape)
+    return [Dense(tensor) for tensor in tensors.unbind()]
+
+
 def owned(decoded: Decoded, source: Tensor) -> Tensor:
     """Return the dense tensor, in memory of its own if it would share that of `source`."""
     dense = decoded.dense()

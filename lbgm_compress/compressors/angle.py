@@ -37,9 +37,10 @@ def products(
     taken: list[Tensor] = []
     for gradient, look_back in zip(gradients, look_backs, strict=True):
         taken += gradient.dots(look_back)
-    if len({product.dtype for product in taken}) > 1:
-        taken = [product.double() for product in taken]
-    numbers = torch.stack(taken).tolist()
+    if taken[0].is_cpu:
+        numbers = [float(product) for product in taken]
+    else:
+        numbers = torch.stack([product.double() for product in taken]).tolist()
     return numbers[::2], numbers[1::2]
 
 

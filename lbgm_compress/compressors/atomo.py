@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from lbgm_compress.compressor import (
     PayloadError,
     State,
     dense_from_bytes,
+    dense_from_stack,
     raw,
 )
 from lbgm_compress.compressors.svd import decomposition, leading_triplets
@@ -124,6 +126,9 @@ class Atomo(Compressor):
         right = decode_values(body[end:], count * n, precision, dtype)
         # A product may depend on the alignment of its factors. The sender's are aligned.
         return LowRank(left.view(m, count).clone(), right.view(n, count).clone(), like), state
+
+    def decode_small(self, bodies: Tensor, like: Tensor) -> Sequence[Decoded] | None:
+        return dense_from_stack(bodies, like) if self._sides(like) is None else None
 
     def _sides(self, like: Tensor) -> tuple[int, int] | None:
         """Return the sides of the matrix, or None for a tensor that is sent uncompressed."""

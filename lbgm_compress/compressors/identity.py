@@ -13,9 +13,10 @@ from lbgm_compress.compressor import (
     Encoding,
     State,
     dense_from_bytes,
+    dense_from_stack,
 )
 from lbgm_compress.decoded import Decoded, Dense
-from lbgm_compress.wire.values import as_bytes, from_bytes
+from lbgm_compress.wire.values import as_bytes
 
 __all__ = ["Identity"]
 
@@ -50,8 +51,5 @@ class Identity(Compressor):
     ) -> tuple[Decoded, State]:
         return dense_from_bytes(body, like), state
 
-    def decode_small(self, bodies: Tensor, like: Tensor) -> list[Decoded] | None:
-        if bodies.shape[1] != like.numel() * like.dtype.itemsize:
-            return None
-        tensors = from_bytes(bodies.reshape(-1), like.dtype).view(len(bodies), *like.shape)
-        return [Dense(tensor) for tensor in tensors.unbind()]
+    def decode_small(self, bodies: Tensor, like: Tensor) -> Sequence[Decoded] | None:
+        return dense_from_stack(bodies, like)

@@ -72,11 +72,13 @@ class Receiver:
         check_compressor(compressor)
         self.compressor = compressor
         self._like: dict[str, Tensor] = {}
+        shared: dict[Any, Tensor] = {}
         for name in sorted_names(like):
             check_gradient(like[name], name)
+            shape, dtype, device = like[name].shape, like[name].dtype, like[name].device
             # An expanded element has the shape, and takes no memory of the tensor's size.
-            element = torch.empty((), dtype=like[name].dtype, device=like[name].device)
-            self._like[name] = element.expand(like[name].shape)
+            element = torch.empty((), dtype=dtype, device=device).expand(shape)
+            self._like[name] = shared.setdefault((shape, dtype, device), element)
         self._layouts: dict[tuple[str, ...], int] = {}
         self._senders: dict[int | str, dict[str, dict[str, Any]]] = {}
         # The entries that a step has replaced.
