@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from lbgm_compress._util.collection import paused_collection
 from lbgm_compress.adapters.ddp.groups import check_group, default_group, group_like
 from lbgm_compress.adapters.ddp.wrapped import averaged_parameters, ignored_parameters, wrappers_of
 from lbgm_compress.collective.average import Average, sum_dtype
@@ -152,6 +153,7 @@ class CompressionState(BackgroundAverager):
         if self._bound:
             super().undo()
 
+    @paused_collection()
     def _hook(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if not self._bound or not self.under_way:
             self._find_model(bucket)
