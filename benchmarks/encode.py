@@ -53,6 +53,7 @@ PEER = f"torch.topk on every tensor, {RATIO:.0%}, int64 indices"
 # A model of many parameters of few elements.
 COUNT, SIZE = 3000, 4
 SMALL = f"{COUNT:,} x {SIZE}"
+BACKWARD = f"backward pass of {SMALL} on two ranks"
 # Compressors for it, and how many times a backward pass without compression they may take.
 BOUNDS: dict[Compressor, float] = {
     LBGM(): 3.0,
@@ -344,12 +345,10 @@ def backward_passes(seed: int, repeats: int, advance: Callable[[], None]) -> lis
     plain, *found = backward_times([Plain(), *BOUNDS], COUNT, SIZE, repeats, seed)
     for _ in range(repeats):
         advance()
-    peer = f"backward pass, {SMALL}, two ranks"
-    rows = [Row(peer, plain.seconds * 1e3, None, "", None, None)]
+    rows = [Row(BACKWARD, plain.seconds * 1e3, None, "", None, None)]
     for (compressor, bound), backward in zip(BOUNDS.items(), found, strict=True):
-        ratio = backward.seconds / plain.seconds
-        what = f"{compressor!r}, {peer}"
-        rows.append(Row(what, backward.seconds * 1e3, None, peer, ratio, bound))
+        milliseconds, ratio = backward.seconds * 1e3, backward.seconds / plain.seconds
+        rows.append(Row(f"{compressor!r}, {BACKWARD}", milliseconds, None, BACKWARD, ratio, bound))
     return rows
 
 

@@ -47,6 +47,8 @@ def test_a_broken_bound_is_told_and_gives_exit_code_1(tmp_path, capsys, monkeypa
 @pytest.mark.timeout(280)
 def test_times_are_measured_beside_their_peers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(encode, "resnet50_shapes", part_of_resnet50)
+    monkeypatch.setattr(encode, "gpt2_shapes", part_of_resnet50)
+    monkeypatch.setattr(encode, "COUNT", 40)
     assert encode.main(["--repeats", "1", "--out", str(tmp_path / "encode.csv")]) == 0
     rows = {row["what"]: row for row in read(tmp_path / "encode.csv")}
     for what in ("LBGM(): angle test", "LBGM(TopK(0.01))"):
@@ -60,7 +62,18 @@ def test_times_are_measured_beside_their_peers(tmp_path, capsys, monkeypatch):
             assert row["peer"] == encode.power_name(rank)
             assert float(row["ratio_to_peer"]) > 0
             assert float(row["decode_ms"]) > 0
+    for compressor, bound in encode.BOUNDS.items():
+        assert float(rows[f"{compressor!r}, GPT-2 small"]["decode_ms"]) > 0
+        row = rows[f"{compressor!r}, {encode.BACKWARD}"]
+        assert row["peer"] == encode.BACKWARD
+        assert float(row["bound"]) == bound
     assert "LBGM(TopK(0.01))" in capsys.readouterr().out
+
+
+def test_a_part_that_is_unknown_is_named(capsys):
+    with pytest.raises(SystemExit):
+        encode.main(["--parts", "angles,speed"])
+    assert "'speed' is not one of angles, selections" in capsys.readouterr().err
 
 
 def test_memory_of_a_model_is_that_of_its_tensors(tmp_path, capsys, monkeypatch):
