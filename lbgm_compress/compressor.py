@@ -296,12 +296,12 @@ class Compressor(abc.ABC):
         return by_batch(self.encode_together, grads, states)
 
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        """Compress gradients of any content that are one batch (`lbgm_compress._util.batches`)."""
+        """Compress gradients of any content that are one batch (see `_util.batches`)."""
         found = contents(grads)
         usual = [c is Content.NUMBERS or (c is Content.ZERO and self.fixed_size) for c in found]
         chosen = [i for i, is_usual in enumerate(usual) if is_usual]
         of_these = [grads[i] for i in chosen], [states[i] for i in chosen]
-        if is_small(grads[0]) and chosen and self._has_latest("encode", "encode_small"):
+        if is_small(grads[0]) and chosen and self._overridden_together("encode", "encode_small"):
             encoded = iter(self.encode_small(*of_these))
         else:
             encoded = map(self.encode, *of_these)
@@ -322,8 +322,11 @@ class Compressor(abc.ABC):
         """
         return list(map(self.encode, grads, states))
 
-    def _has_latest(self, one: str, *several: str) -> bool:
-        """Return whether no class overrides the method `one` without one of `several`."""
+    def _overridden_together(self, one: str, *several: str) -> bool:
+        """Return whether the last class that overrides one of these overrides one of `several`.
+
+        A subclass that overrides `one` alone is then called for each tensor.
+        """
         methods = {one, *several}
         owner = next(cls for cls in type(self).__mro__ if methods & vars(cls).keys())
         return any(method in vars(owner) for method in several)
@@ -402,7 +405,9 @@ class Compressor(abc.ABC):
             bodies: Sequence[Tensor | None],
             states: Sequence[State],
         ) -> list[tuple[Decoded, State]]:
-            if is_small(likes[0]) and self._has_latest("decode", "read_small", "decode_small"):
+            if is_small(likes[0]) and self._overridden_together(
+                "decode", "read_small", "decode_small"
+            ):
                 return self.read_small(heads, bodies, states, likes)
             return list(map(self.read, heads, bodies, states, likes))
 
@@ -424,9 +429,9 @@ class Compressor(abc.ABC):
         alike: dict[tuple[bytes, int], list[int]] = {}
         for i, (head, body) in enumerate(zip(heads, bodies, strict=True)):
             alike.setdefault((head, -1 if body is None else body.numel()), []).append(i)
-        for (head, _), positions in alike.items():
+        for (head, size), positions in alike.items():
             decoded = None
-            if head == BODY_HEAD:
+            if head == BODY_HEAD and size >= 0:
                 chosen = [body for i in positions if (body := bodies[i]) is not None]
                 decoded = self.decode_small(torch.stack(chosen).to(likes[0].device), likes[0])
             for k, i in enumerate(positions):

@@ -91,7 +91,7 @@ class Wrapper(Compressor):
     def encode(self, grad: Tensor, state: State) -> Encoding:
         return self.encode_batch([grad], [state])[0]
 
-    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
+    def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         encodings = self.inner.encode_batch(grads, [self.inner_state(state) for state in states])
         return [
             Encoding(head, body, decoded, {**state, "inner": inner_state}, phase_error)

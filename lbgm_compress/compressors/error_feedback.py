@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbgm_compress._util.batches import by_batch, is_small, stack
+from lbgm_compress._util.batches import is_small, stack
 from lbgm_compress._util.contents import all_finite, nonzero
 from lbgm_compress.compressor import Encoding, State, raw, zero
 from lbgm_compress.decoded import missing_from_all
@@ -65,10 +65,6 @@ class ErrorFeedback(Wrapper):
         if "residual" in state:
             residual += state["residual"]
         return {"inner": {}, **state, "residual": residual}
-
-    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        # One batch after the other: a tensor is still in the cache when its residual is taken.
-        return by_batch(self.encode_together, grads, states)
 
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         used = [True] * len(grads) if self.fixed_size else nonzero(grads)

@@ -153,9 +153,6 @@ class LBGM(Wrapper):
 
     # --- the sender ------------------------------------------------------------------------------
 
-    def encode_batch(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        return by_batch(self.encode_together, grads, states)
-
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if self.compare == "raw":
             return self._encode_raw(grads, states)
@@ -173,29 +170,27 @@ class LBGM(Wrapper):
             if not (decision.recycled or encoding.head[0] & RAW)
             and 0 < decision.square_norm < math.inf
         ]
-        sent = dict(zip(full, _owned(gradients, grads, full), strict=True))
+        sent = iter(_owned(gradients, grads, full))
         results = []
-        for i, (grad, state, encoding, decision) in enumerate(
-            zip(grads, states, inner, decisions, strict=True)
-        ):
-            if i in sent:
+        for grad, state, encoding, decision in zip(grads, states, inner, decisions, strict=True):
+            if encoding.head[0] & RAW or not math.isfinite(decision.square_norm):
+                results.append(raw(self, grad, state))
+                continue
+            if not decision.recycled and decision.square_norm == 0:
+                results.append(zero(self, grad, {**state, "inner": encoding.state}))
+                continue
+            head, body = self.pack(decision, encoding, grad.device)
+            if decision.recycled:
+                decoded = Dense(state["look_back"]).scaled(decision.rho)
+                new = {**state, "inner": encoding.state}
+            else:
                 decoded = encoding.decoded
                 new = {
-                    "look_back": sent[i],
+                    "look_back": next(sent),
                     "square_norm": decision.square_norm,
                     "inner": encoding.state,
                     **_unit_of(state),
                 }
-            elif encoding.head[0] & RAW or not math.isfinite(decision.square_norm):
-                results.append(raw(self, grad, state))
-                continue
-            elif not decision.recycled:
-                results.append(zero(self, grad, {**state, "inner": encoding.state}))
-                continue
-            else:
-                decoded = Dense(state["look_back"]).scaled(decision.rho)
-                new = {**state, "inner": encoding.state}
-            head, body = self.pack(decision, encoding, grad.device)
             results.append(Encoding(head, body, decoded, new, decision.phase_error))
         return results
 
