@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -129,3 +131,17 @@ def test_batches_are_stacks_of_small_tensors_and_each_large_one():
         100 - STACK // SMALL,
     ]
     assert batches([]) == []
+
+
+def test_the_search_for_cycles_is_as_before_after_a_message_and_after_an_error():
+    grads = {"w": torch.ones(4)}
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            Receiver(TopK(0.5), grads).decompress(0, Sender(TopK(0.5)).compress(grads))
+            assert gc.isenabled() == enabled
+            with pytest.raises(TypeError):
+                Sender(TopK(0.5)).compress({"w": None})
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()

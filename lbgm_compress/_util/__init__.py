@@ -1,1 +1,1 @@
-"""Helpers: units, atomic writes, checks of arguments, names and saved states of both ends."""
+"""Helpers: units, files, arguments, batches of tensors, and names and states of both ends."""
