@@ -40,6 +40,8 @@ COMPRESSORS = [
     "LookBackSubspace(1, 0.2, view='flat', values='float32')",
     "LookBackSubspace(2, 0.05)",
     "LookBackSubspace(2, 0.05, refresh=2, values='int4', directions='int2')",
+    "TopK(0.3, values='int2', chunk=8)",
+    "ErrorFeedback(TopK(0.3, chunk=16), decay=0.75)",
 ]
 # Number of elements, and the step of the positions.
 INDICES = [(100_000, 3), (900, 1), (2**33, 999)]

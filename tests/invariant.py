@@ -21,11 +21,12 @@ __all__ = ["check_invariant", "keeps_invariant", "residuals"]
 def keeps_invariant(compressor: Compressor) -> bool:
     """Return whether a compressor loses nothing: the invariant holds, and not bit-equality alone.
 
-    LBGM around ErrorFeedback loses its own error unless it recycles exact multiples alone.
+    LBGM around ErrorFeedback loses its own error unless it recycles exact multiples alone, and a
+    decay below 1 loses a part of the residual.
     """
     if isinstance(compressor, LBGM):
         return compressor.delta == 0 and keeps_invariant(compressor.inner)
-    return isinstance(compressor, ErrorFeedback)
+    return isinstance(compressor, ErrorFeedback) and compressor.decay == 1
 
 
 def residuals(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from lbgm_compress import LBGM, Atomo, ErrorFeedback, Identity, SignSGD, TopK
+from lbgm_compress import (
+    LBGM,
+    Atomo,
+    ErrorFeedback,
+    Identity,
+    PayloadError,
+    Receiver,
+    Sender,
+    SignSGD,
+    TopK,
+)
 from tests.gradients import training_run
 
 
@@ -42,6 +52,58 @@ def test_topk_sends_no_zeros():
     grad = torch.zeros(10_000)
     grad[[3, 77]] = 1.5
     assert TopK(0.5).compress(grad, {})[0].numel() < 20
+
+
+def largest_of_chunks(grad, ratio, chunk):
+    """Return `grad` with the largest magnitudes of each chunk, the first of equal ones."""
+    kept = torch.zeros_like(grad)
+    for start in range(0, grad.numel(), chunk):
+        part = grad[start : start + chunk]
+        k = max(1, round(ratio * part.numel()))
+        order = np.argsort(-np.abs(part.numpy()), kind="stable")[:k]
+        kept[start + order] = part[order]
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("n", "chunk"),
+    [
+        *((1, 1), (5, 2), (1000, 1), (65, 64), (1000, 7), (1025, 64), (4096, 1000), (4097, 4096)),
+        *((25_000, 64), (25_000, 4096), (99_999, 1000), (99_999, 33_333), (5000, 10**9)),
+    ],
+)
+@pytest.mark.parametrize("ratio", [1e-5, 1 / 64, 0.1, 0.5, 1.0])
+def test_topk_keeps_exactly_the_largest_magnitudes_of_each_chunk(n, chunk, ratio):
+    normals = normal(n)
+    crowded = normals * (torch.arange(n) % 3 == 0) * 10.0 ** (torch.arange(n) % 50 // 10)
+    few_values = torch.tensor([0.0, 0.0, -1.0, 1.0, 2.0])[(normals.abs() * 1e4).long() % 5]
+    gaps = torch.where(torch.arange(n) // 500 % 2 == 0, normals, torch.zeros(()))
+    for grad in (normals, normals.double(), crowded, few_values, gaps):
+        decoded = TopK(ratio, "float64", chunk).compress(grad, {})[1]
+        assert torch.equal(decoded, largest_of_chunks(grad, ratio, chunk))
+
+
+def test_one_chunk_is_the_tensor():
+    grad = normal(30, 40)
+    for chunk in (1200, 10**6):
+        compressors = TopK(0.1, chunk=chunk), TopK(0.1)
+        payloads = [compressor.compress(grad, {})[0] for compressor in compressors]
+        assert torch.equal(*payloads)
+
+
+def test_chunks_are_of_consecutive_elements_whatever_the_order_in_memory():
+    grad = normal(64, 50)
+    expected = TopK(0.1, chunk=100).compress(grad, {})
+    found = TopK(0.1, chunk=100).compress(grad.T.contiguous().T, {})
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_more_entries_than_all_chunks_have_are_refused():
+    like = torch.zeros(1000)
+    whole = TopK(0.5).compress(normal(1000), {})[0]
+    with pytest.raises(PayloadError, match="500 entries in the payload, at most 496 expected"):
+        TopK(0.496, chunk=125).decompress(whole, {}, like)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +196,47 @@ def test_error_feedback_delivers_everything_in_the_end(inner):
         assert torch.allclose(sent + state["residual"], given, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [60, 5000])
+def test_decay_multiplies_the_residual(size):
+    compressor = ErrorFeedback(TopK(0.1), decay=0.75)
+    first, second = normal(size), normal(size, seed=1)
+    residual = first - TopK(0.1).compress(first, {})[1]
+    _, _, state = compressor.compress(first, {})
+    assert torch.equal(state["residual"], residual)
+    corrected = second + 0.75 * residual
+    expected = TopK(0.1).compress(corrected, {})[1]
+    _, decoded, state = compressor.compress(second, state)
+    assert torch.equal(decoded, expected)
+    assert torch.equal(state["residual"], corrected - expected)
+
+
+@pytest.mark.parametrize("size", [60, 5000])
+def test_a_zero_gradient_neither_sends_the_residual_nor_lets_it_decay(size):
+    compressor = ErrorFeedback(TopK(0.1), decay=0.75)
+    _, _, state = compressor.compress(normal(size), {})
+    payload, decoded, after = compressor.compress(torch.zeros(size), state)
+    assert payload.tolist() == [0]
+    assert not decoded.any()
+    assert torch.equal(after["residual"], state["residual"])
+
+
+def test_decay_of_one_is_the_default():
+    assert repr(ErrorFeedback(TopK(0.1), decay=1.0)) == "ErrorFeedback(TopK(0.1))"
+    assert ErrorFeedback(TopK(0.1), 1) == ErrorFeedback(TopK(0.1))
+    assert repr(ErrorFeedback(TopK(0.1), 0.95)) == "ErrorFeedback(TopK(0.1), decay=0.95)"
+
+
+def test_ends_with_different_decay_or_chunks_refuse_each_other():
+    grads = {"w": normal(1000)}
+    for sender, receiver in [
+        (ErrorFeedback(TopK(0.1), 0.95), ErrorFeedback(TopK(0.1))),
+        (TopK(0.1, chunk=64), TopK(0.1)),
+    ]:
+        message = Sender(sender).compress(grads)
+        with pytest.raises(PayloadError):
+            Receiver(receiver, grads).decompress(0, message)
+
+
 def test_residual_of_half_precision_is_kept_in_float32():
     compressor = ErrorFeedback(TopK(0.5))
     _, _, state = compressor.compress(torch.tensor([1.0, 256.0]).bfloat16(), {})
@@ -152,11 +255,18 @@ def test_residual_of_half_precision_is_kept_in_float32():
         (lambda: TopK(float("nan")), "ratio"),
         (lambda: TopK("1%"), "ratio must be a number"),
         (lambda: TopK(0.1, "int7"), "values must be one of"),
+        (lambda: TopK(0.1, chunk=0), "chunk must be a whole number of at least 1, not 0"),
+        (lambda: TopK(0.1, chunk=64.0), "chunk must be a whole number of at least 1, not 64.0"),
+        (lambda: TopK(0.1, chunk=True), "chunk must be a whole number"),
         (lambda: Atomo(0), "rank must be"),
         (lambda: Atomo(1.5), "rank must be"),
         (lambda: SignSGD(scaled=1), "scaled must be"),
         (lambda: SignSGD(scaled=True, vote=True), "discards the scales"),
         (lambda: ErrorFeedback(0.1), "wraps a compressor"),
+        (lambda: ErrorFeedback(TopK(0.1), 0), "decay must be above 0 and at most 1, not 0"),
+        (lambda: ErrorFeedback(TopK(0.1), 1.01), "decay must be above 0 and at most 1, not 1.01"),
+        (lambda: ErrorFeedback(TopK(0.1), float("nan")), "decay must be above 0"),
+        (lambda: ErrorFeedback(TopK(0.1), True), "decay must be a number, not True"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(build, message):
@@ -180,7 +290,11 @@ def test_what_is_no_dense_floating_point_tensor_is_refused(grad, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("compressor", [TopK(0.01), SignSGD(scaled=True), Atomo(2)], ids=repr)
+@pytest.mark.parametrize(
+    "compressor",
+    [TopK(0.01), TopK(0.01, chunk=4096), SignSGD(scaled=True), Atomo(2)],
+    ids=repr,
+)
 def test_payload_made_on_a_gpu_decodes_there_and_on_the_cpu(compressor):
     grad = normal(300, 200).cuda()
     payload, decoded, _ = compressor.compress(grad, {})

@@ -26,6 +26,7 @@ from lbgm_compress.compressors.parse import import_known, parse_compressors
         ("Identity()", Identity()),
         ("TopK(0.01)", TopK(0.01)),
         ("TopK(ratio=1e-2, values='int8')", TopK(0.01, "int8")),
+        ("TopK(1e-2, chunk=4096)", TopK(0.01, chunk=4096)),
         ("SignSGD(vote=True)", SignSGD(vote=True)),
         ("LBGM()", LBGM()),
         ("LBGM(TopK(0.01), NormBudget(0.1))", LBGM(TopK(0.01), NormBudget(0.1))),
@@ -35,6 +36,7 @@ from lbgm_compress.compressors.parse import import_known, parse_compressors
         ),
         (" LBGM( ErrorFeedback(TopK(0.01)),\n delta=0.1 ) ", LBGM(ErrorFeedback(TopK(0.01)), 0.1)),
         ("ErrorFeedback(inner=LBGM(Atomo(rank=2)))", ErrorFeedback(LBGM(Atomo(2)))),
+        ("ErrorFeedback(TopK(0.01), 0.95)", ErrorFeedback(TopK(0.01), decay=0.95)),
     ],
 )
 def test_expression_gives_the_compressor_and_repr_gives_it_back(text, expected):
@@ -56,6 +58,8 @@ def test_list_keeps_its_order():
         ("TopK", r"write TopK\(\.\.\.\)"),
         ("Topk(0.01)", "unknown compressor 'Topk'; known are Atomo"),
         ("TopK(2)", "ratio must be above 0 and at most 1, not 2"),
+        ("TopK(0.1, chunk=0)", "chunk must be a whole number of at least 1, not 0"),
+        ("ErrorFeedback(TopK(0.1), decay=2)", "decay must be above 0 and at most 1, not 2"),
         ("TopK()", "missing 1 required positional argument: 'ratio'"),
         ("TopK(0.1, precision='int8')", "unexpected keyword argument 'precision'"),
         ("TopK(0.1 + 0.1)", "neither a literal nor a compressor"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress._util.batches import is_small, stack
+from lbgm_compress._util.checks import check_number
 from lbgm_compress._util.contents import all_finite, nonzero
 from lbgm_compress.compressor import Encoding, State, raw, zero
 from lbgm_compress.decoded import missing_from_all
@@ -24,22 +25,26 @@ RAW = int(Kind.RAW)
 class ErrorFeedback(Wrapper):
     """Adds the residual of the last round before it compresses (arXiv 1901.09847, algorithm 1).
 
-    corrected = gradient + residual; residual = corrected - decoded. For a float16 or bfloat16
-    gradient the residual is float32, so that small remainders are not rounded away. Payloads are
-    those of `inner`, and so is the receiver's state.
+    corrected = gradient + decay * residual; residual = corrected - decoded. For a float16 or
+    bfloat16 gradient the residual is float32, so that small remainders are not rounded away.
+    Payloads are those of `inner`, and so is the receiver's state.
 
-    A zero gradient is sent as zero, and the residual stays: what a layer that is not in use has not
-    sent yet waits until it is used again.
+    A zero gradient is sent as zero, and the residual stays as it is, without decay: what a layer
+    that is not in use has not sent yet waits until it is used again.
 
     Parameters
     ----------
     inner
         The compressor whose error is fed back.
+    decay
+        Factor of the residual in each round, above 0 and at most 1. With 1, the decoded tensors and
+        the residual add up to the sum of the gradients. With less, a part of what waits is lost in
+        each round; SparseLoCo takes 0.95 (arXiv 2508.15706, algorithm 1).
 
     Raises
     ------
     ValueError
-        If `inner` is not a compressor.
+        If `inner` is not a compressor, or `decay` is outside its range.
 
     Examples
     --------
@@ -49,6 +54,14 @@ class ErrorFeedback(Wrapper):
     >>> state["residual"]
     tensor([0., 2.])
     """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("decay", self.decay)
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, not {self.decay}")
 
     @property
     def has_residual(self) -> bool:
@@ -78,7 +91,7 @@ class ErrorFeedback(Wrapper):
     def _encode(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         if not grads:
             return []
-        corrected = _corrected(grads, [state.get("residual") for state in states])
+        corrected = _corrected(grads, [state.get("residual") for state in states], self.decay)
         narrow = [c.to(grad.dtype) for c, grad in zip(corrected, grads, strict=True)]
         inner = self.inner.encode_batch(narrow, [self.inner_state(s) for s in states])
         missing = missing_from_all([encoding.decoded for encoding in inner], corrected)
@@ -97,18 +110,24 @@ class ErrorFeedback(Wrapper):
         return results
 
 
-def _corrected(grads: Sequence[Tensor], residuals: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the sums of gradients and residuals, in float32 at least; a batch of them."""
+def _corrected(
+    grads: Sequence[Tensor], residuals: Sequence[Tensor | None], decay: float
+) -> list[Tensor]:
+    """Return gradient + decay * residual for each of a batch, in float32 at least."""
     if not is_small(grads[0]):
         return [
-            _wide(grad) if residual is None else grad + residual
+            _wide(grad) if residual is None else grad + _decayed(residual, decay)
             for grad, residual in zip(grads, residuals, strict=True)
         ]
     first = _wide(grads[0])
     # Adding -0.0 changes nothing, also not another -0.0.
     nothing = torch.full_like(first, -0.0)
     added = [nothing if residual is None else residual for residual in residuals]
-    return list((stack(grads) + stack(added)).unbind())
+    return list((stack(grads) + _decayed(stack(added), decay)).unbind())
+
+
+def _decayed(residual: Tensor, decay: float) -> Tensor:
+    return residual if decay == 1 else residual * decay
 
 
 def _wide(grad: Tensor) -> Tensor:
