@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.collective.transport import Pending
-from lbgm_compress.decoded import Decoded, add_all
+from lbgm_compress.decoded import Decoded, Dense, add_all
 from lbgm_compress.endpoints import Receiver
 from lbgm_compress.wire.errors import OutOfSyncError
 
@@ -75,12 +75,19 @@ class Average(abc.ABC):
         return averages
 
     @abc.abstractmethod
+    def own(self) -> Mapping[str, Decoded]:
+        """Return what the others decode of this rank's gradients, by name."""
+
+    @abc.abstractmethod
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Return the averages in the dtype of the sums or of the gradients."""
 
 
 class DenseAverage(Average):
     """An average by one all-reduce, whose pending result is all gradients end to end."""
+
+    def own(self) -> Mapping[str, Decoded]:
+        return {name: Dense(grad) for name, grad in self._grads.items()}
 
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         parts = torch.split(self._pending.result(), [g.numel() for g in self._grads.values()])
@@ -112,6 +119,9 @@ class CompressedAverage(Average):
         self._receiver = receiver
         self._shares = shares
         self._rank = rank
+
+    def own(self) -> Mapping[str, Decoded]:
+        return self._own
 
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         messages = self._pending.result()

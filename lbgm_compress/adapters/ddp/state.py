@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress._util.collection import paused_collection
-from lbgm_compress.adapters.ddp.groups import check_group, default_group, group_like
+from lbgm_compress._util.groups import check_group, default_group, group_like
 from lbgm_compress.adapters.ddp.wrapped import averaged_parameters, ignored_parameters, wrappers_of
 from lbgm_compress.collective.average import Average, sum_dtype
 from lbgm_compress.collective.background import BackgroundAverager

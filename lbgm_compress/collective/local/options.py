@@ -1,0 +1,104 @@
+"""Options of local training: their checks, and the parts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbgm_compress._util.checks import check_choice, check_whole
+from lbgm_compress.collective.averager import Averager
+from lbgm_compress.compressor import check_compressor
+
+__all__ = ["check_optimizers", "check_options", "divided"]
+
+RESIDUALS = ("model", "memory")
+
+
+def check_options(
+    compressor: Any,
+    sync_every: Any,
+    residual: Any,
+    fragments: Any,
+    delay: Any,
+    final: Any,
+    weight: Any,
+) -> None:
+    """Raise `TypeError` or `ValueError` unless options are of their types and in their ranges."""
+    Averager.check_options(compressor, 0, weight, 1.0)
+    check_whole("sync_every", sync_every, 1)
+    check_choice("residual", residual, RESIDUALS)
+    check_whole("fragments", fragments, 1)
+    check_whole("delay", delay, 0)
+    if fragments > sync_every:
+        raise ValueError(
+            f"fragments={fragments} is above sync_every={sync_every}: each fragment is exchanged "
+            "after another step"
+        )
+    if delay >= sync_every // fragments:
+        raise ValueError(
+            f"delay must be below sync_every / fragments, {sync_every // fragments}, not {delay}: "
+            "an exchange is over before the next begins"
+        )
+    if final is not None:
+        check_compressor(final)
+    if residual == "model" and compressor.has_residual:
+        raise ValueError(
+            f'{compressor!r} keeps a residual, and residual="model" keeps what is not sent in the '
+            'model: leave out ErrorFeedback, or give residual="memory"'
+        )
+
+
+def check_optimizers(inner: Any, outer: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Raise `TypeError` or `ValueError` unless these are optimizers of the parameters.
+
+    `outer` may be None.
+    """
+    known = {id(p) for p in parameters.values()}
+    for name, optimizer in {"inner_optimizer": inner, "outer_optimizer": outer}.items():
+        if optimizer is None and name == "outer_optimizer":
+            continue
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{name} must be a torch.optim.Optimizer, not {type(optimizer).__name__}"
+            )
+        if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"{name} has none of the model's parameters: build it from model.parameters()"
+            )
+    if inner is outer:
+        raise ValueError(
+            "inner_optimizer and outer_optimizer are the same object: each needs its own state"
+        )
+
+
+def divided(parameters: Mapping[str, Tensor], count: int) -> list[list[str]]:
+    """Divide the names of parameters, in their order, into parts of about equal size.
+
+    Raises
+    ------
+    ValueError
+        If there are more parts than parameters.
+    """
+    if count > len(parameters):
+        raise ValueError(
+            f"fragments={count} of a model with {len(parameters)} parameters: each fragment has at "
+            "least one"
+        )
+    rest = sum(p.numel() for p in parameters.values())
+    names = list(parameters)
+    parts: list[list[str]] = []
+    for left in range(count, 0, -1):
+        part = [names.pop(0)]
+        size = parameters[part[0]].numel()
+        while len(names) >= left:
+            following = parameters[names[0]].numel()
+            if left > 1 and size + following / 2 >= rest / left:
+                break
+            size += following
+            part.append(names.pop(0))
+        rest -= size
+        parts.append(part)
+    return parts

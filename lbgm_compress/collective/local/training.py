@@ -1,0 +1,470 @@
+"""Local training: workers take steps of their own, and exchange only what came of them.
+
+With w the common model and x the model of a worker, a round is (DiLoCo, arXiv 2311.08105,
+algorithm 1): some steps of the worker's inner optimizer on x; then w - x, the pseudo-gradient, is
+compressed, averaged over all workers and given to an outer optimizer of w; the worker goes on from
+the new w. The part of w - x that a message leaves out stays in the worker's model,
+x = w_new - (w - x - decoded), or in the compressor's residual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbgm_compress.collective.averager import Averager
+from lbgm_compress.collective.background import Worker, ready_event, stream_after
+from lbgm_compress.collective.local.common_model import CommonAverager, CommonModel, share
+from lbgm_compress.collective.local.options import check_optimizers, check_options, divided
+from lbgm_compress.collective.parameters import may_have_gradient, named_pairs
+from lbgm_compress.collective.transport import Transport
+from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressors.error_feedback import ErrorFeedback
+from lbgm_compress.compressors.identity import Identity
+from lbgm_compress.decoded import Decoded
+
+__all__ = ["LocalTraining"]
+
+FORMAT = 1
+STATE_KEYS = {"format", "averager", "common", "outer", "local_step", "exchanges", "pending"}
+Accept = Callable[[dict[str, Tensor]], bool]
+
+
+@dataclass
+class Pending:
+    """A fragment's exchange that is under way, or over and not applied yet."""
+
+    fragment: list[str]
+    due: int
+    """The local step after which it is applied."""
+    base: dict[str, Tensor]
+    """What the worker's parameters are compared with when it is applied; empty without delay."""
+    result: Future[tuple[dict[str, Tensor], dict[str, Tensor]] | None]
+    """The averages and what the message left out; None if nothing was exchanged."""
+
+
+class LocalTraining:
+    """Local training of one worker, on any transport.
+
+    All ranks build it together, for models with the same parameters, and call `step` after each
+    step of their inner optimizers. They begin with the parameters and buffers of rank 0. Ranks may
+    take different numbers of steps: a rank that calls `finish` early does not hold up the others,
+    which then go on without exchanges until they call it, too.
+
+    An exchange whose averages have inf or nan is not applied, and nothing of it is lost. A worker
+    whose own parameters have inf or nan goes on from the common model.
+
+    Parameters
+    ----------
+    model
+        The worker's model. Buffers stay the worker's own until `finish`.
+    inner_optimizer
+        Optimizer of the parameters, whose state stays the worker's own.
+    compressor
+        Compresses the pseudo-gradients: any compressor, the same on all ranks.
+    transport
+        Connects the ranks.
+    sync_every
+        Number of inner steps from one exchange to the next, H.
+    outer_optimizer
+        Optimizer of the same parameters, which applies averages: `torch.optim.SGD` with learning
+        rate 0.7 and Nesterov momentum 0.9 unless given.
+    residual
+        Where the part of a pseudo-gradient is kept that a message leaves out: "model", in the
+        worker's model, or "memory", in the residual of `ErrorFeedback`, which is put around a
+        compressor without one.
+    fragments
+        Number of parts of the model that are exchanged one after the other, each every
+        `sync_every` steps (Streaming DiLoCo, arXiv 2501.18512).
+    delay
+        Number of inner steps from an exchange to its application, during which it goes on in the
+        background; below ``sync_every / fragments``.
+    final
+        Compresses the differences of `finish`; `Identity` unless given.
+    accept
+        Called with the averages of each exchange, which are the same on all ranks. If it returns
+        False, the exchange is not applied, and nothing of it is lost.
+    weight
+        This rank's weight in the average; positive.
+
+    Attributes
+    ----------
+    local_step : int
+        Number of inner steps so far.
+    exchanges : int
+        Number of exchanges so far.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type or out of range; on all ranks, if the ranks were given
+        different compressors, models or options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_optimizer: torch.optim.Optimizer,
+        compressor: Compressor,
+        transport: Transport,
+        *,
+        sync_every: int = 30,
+        outer_optimizer: torch.optim.Optimizer | None = None,
+        residual: str = "model",
+        fragments: int = 1,
+        delay: int = 0,
+        final: Compressor | None = None,
+        accept: Accept | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        check_options(compressor, sync_every, residual, fragments, delay, final, weight)
+        parameters = {
+            n: p for n, p in named_pairs(model.named_parameters(), "model") if may_have_gradient(p)
+        }
+        check_optimizers(inner_optimizer, outer_optimizer, parameters)
+        if residual == "memory" and not compressor.has_residual:
+            compressor = ErrorFeedback(compressor)
+        self.model = model
+        self.sync_every = sync_every
+        self.delay = delay
+        self.residual = residual
+        self.local_step = self.exchanges = 0
+        self._parameters = parameters
+        self._inner = inner_optimizer
+        self._accept = accept
+        self._fragments = divided(parameters, fragments)
+        self._pending: Pending | None = None
+        if outer_optimizer is None:
+            outer_optimizer = torch.optim.SGD(
+                parameters.values(), lr=0.7, momentum=0.9, nesterov=True
+            )
+        self._device = next(iter(parameters.values())).device
+        share(transport, 0, [*model.parameters(), *model.buffers()])
+        self._common = CommonModel(parameters, outer_optimizer)
+        names = {"sync_every": sync_every, "residual": residual, "fragments": fragments}
+        options = {**names, "delay": delay, "final": final or Identity()}
+        lines = [f"{name} {value}" for name, value in options.items()]
+        self._averager = CommonAverager(
+            compressor,
+            self._common.tensors,
+            transport,
+            weight=weight,
+            must_match=lines,
+            common=self._common,
+        )
+        self._averager.verify_ranks_match()
+        self._averager.replaced = False
+        self._final = Averager(final or Identity(), self._common.tensors, transport, weight=weight)
+        self._worker = Worker(self) if delay else None
+
+    # --- rounds -------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Count an inner step, and begin or apply the exchange that is due.
+
+        Raises
+        ------
+        RuntimeError
+            If another rank failed or cannot be reached.
+        """
+        self.local_step += 1
+        if self._pending is not None and self.local_step >= self._pending.due:
+            self._apply()
+        if self.local_step >= self._step_of(self.exchanges + 1):
+            if self._pending is not None:
+                self._apply()
+            self._begin()
+            if not self.delay:
+                self._apply()
+
+    def _step_of(self, exchange: int) -> int:
+        """Return the local step after which an exchange begins, which are counted from 1."""
+        rounds, part = divmod(exchange, len(self._fragments))
+        return rounds * self.sync_every + part * self.sync_every // len(self._fragments)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Begin to exchange the pseudo-gradients of the next fragment."""
+        names = self._fragments[self.exchanges % len(self._fragments)]
+        self.exchanges += 1
+        self._averager.position = self.exchanges
+        differences = self._differences(names)
+        base = {}
+        if self.delay:
+            # Copies, since the parameters go on.
+            base = {name: self._parameters[name].detach().clone() for name in names}
+        pending = Pending(names, self.local_step + self.delay, base, Future())
+        self._pending = pending
+        ready = ready_event(self._device)
+
+        def exchange() -> None:
+            try:
+                with stream_after(ready, self._device):
+                    pending.result.set_result(self._exchange(differences))
+                    if ready is not None:
+                        torch.cuda.current_stream(self._device).synchronize()
+            except BaseException as error:
+                pending.result.set_exception(error)
+
+        if self._worker is None:
+            exchange()
+        else:
+            self._worker.submit(exchange)
+
+    def _differences(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the pseudo-gradients of some parameters."""
+        return {n: self._common.tensors[n] - self._parameters[n].detach() for n in names}
+
+    @torch.no_grad()
+    def _exchange(
+        self, differences: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Return the averages and what this rank's message left out, or None."""
+        found = self._averager.exchange(differences)
+        if found is None:
+            return None
+        averages, own = found
+        finite = all(bool(average.isfinite().all()) for average in averages.values())
+        if not finite or (self._accept is not None and not self._accept(averages)):
+            self._averager.undo()
+            return None
+        self._averager.keep()
+        if self.residual == "memory":
+            return averages, {}
+        return averages, _missing(own, differences)
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Wait for the exchange under way, and go on from the new common model."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        result = pending.result.result()
+        self._catch_up()
+        if result is None:
+            self._return_to_common(self._not_finite())
+            return
+        averages, missing = result
+        own = {}
+        for name, base in pending.base.items():
+            own[name] = self._parameters[name].detach() - base
+        self._outer_step(averages)
+        for name in averages:
+            parameter = self._parameters[name].detach()
+            if name in missing:
+                parameter.sub_(missing[name])
+            if name in own:
+                parameter.add_(own[name])
+
+    def _catch_up(self) -> None:
+        """Follow the ranks that are further, after a comparison that has found them."""
+        # The steps since the last exchange stay.
+        since = self.local_step - self._step_of(self.exchanges)
+        self.exchanges = self._averager.position
+        self.local_step = self._step_of(self.exchanges) + since
+        if self._averager.replaced:
+            self._averager.replaced = False
+            self._return_to_common(list(self._parameters))
+
+    def _outer_step(self, averages: Mapping[str, Tensor]) -> None:
+        """Have the outer optimizer apply averages; the parameters are then the new common ones."""
+        optimizer = self._common.optimizer
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in held]
+        for p in held:
+            p.grad = None
+        for name, average in averages.items():
+            parameter = self._parameters[name]
+            parameter.detach().copy_(self._common.tensors[name])
+            parameter.grad = average.to(parameter.dtype)
+        try:
+            optimizer.step()
+        finally:
+            for p, grad in zip(held, grads, strict=True):
+                p.grad = grad
+        for name in averages:
+            self._common.tensors[name].copy_(self._parameters[name].detach())
+
+    def _not_finite(self) -> list[str]:
+        """Return the names of parameters that have inf or nan."""
+        return [n for n, p in self._parameters.items() if not bool(p.detach().isfinite().all())]
+
+    def _return_to_common(self, names: Sequence[str]) -> None:
+        """Put parameters back to the common model, and forget their inner optimizer's state."""
+        for name in names:
+            parameter = self._parameters[name]
+            parameter.detach().copy_(self._common.tensors[name])
+            self._inner.state.pop(parameter, None)
+        if names:
+            warnings.warn(
+                f"{len(names)} of this worker's parameters go on from the common model, since they "
+                "have inf or nan, or were of another one",
+                stacklevel=3,
+            )
+
+    def _wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Wait for the exchange under way, and return its result."""
+        return None if self._pending is None else self._pending.result.result()
+
+    # --- the end ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Replace the models of all workers by their mean, in one last exchange.
+
+        All ranks call it, after any number of steps. Differences from the common model are
+        compressed by `final`. Floating-point buffers are averaged without compression; others are
+        those of rank 0. Training may go on afterwards.
+
+        Raises
+        ------
+        RuntimeError
+            If another rank failed or cannot be reached.
+        """
+        if self._pending is not None:
+            self._apply()
+        self._averager.finish()
+        self._catch_up()
+        averages = self._final.average(self._differences(list(self._parameters)))
+        finite = all(bool(average.isfinite().all()) for average in averages.values())
+        if not finite:
+            warnings.warn(
+                "a worker's model has inf or nan: all workers end with the common model of the "
+                "last exchange",
+                stacklevel=2,
+            )
+        for name, average in averages.items():
+            common = self._common.tensors[name]
+            if finite:
+                common.sub_(average)
+            self._parameters[name].detach().copy_(common)
+        self._finish_buffers()
+
+    def _finish_buffers(self) -> None:
+        transport = self._averager.transport
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                flat = buffer.detach().reshape(-1).to(torch.float32) * self._averager.share
+                buffer.detach().copy_(transport.all_reduce(flat).view(buffer.shape))
+            else:
+                share(transport, 0, [buffer])
+
+    @contextlib.contextmanager
+    def common_model(self) -> Iterator[nn.Module]:
+        """Let the model have the common parameters within a ``with`` block, such as to evaluate it.
+
+        They are the same on all ranks. The worker's own come back afterwards.
+        """
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.detach().copy_(self._common.tensors[name])
+            yield self.model
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.detach().copy_(own[name])
+
+    def stats(self) -> dict[str, Any]:
+        """Return what this rank has sent since it was built, the exchanges of `finish` included.
+
+        Returns
+        -------
+        dict
+            ``message_bytes`` and ``dense_bytes`` of all exchanges, their ``ratio``,
+            ``recycled_share`` (the share of tensors sent as a coefficient alone), ``exchanges``,
+            ``local_steps``, and ``bits_per_step``: bits for each parameter and inner step.
+        """
+        self._wait()
+        found = self._averager.stats()
+        last = self._final.stats()
+        message = found["message_bytes"] + last["message_bytes"]
+        dense = found["dense_bytes"] + last["dense_bytes"]
+        size = sum(p.numel() for p in self._parameters.values())
+        return {
+            "message_bytes": message,
+            "dense_bytes": dense,
+            "ratio": message / dense if dense else 0.0,
+            "recycled_share": found["recycled_share"],
+            "exchanges": self.exchanges,
+            "local_steps": self.local_step,
+            "bits_per_step": 8 * message / size / self.local_step if self.local_step else 0.0,
+        }
+
+    # --- saved states -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state as a nested dict of tensors and numbers.
+
+        It has the common model and the outer optimizer's state, and goes beside the worker's own
+        model and inner optimizer, which differ from rank to rank: each rank saves its own. An
+        exchange under way is waited for, and is applied when it is due.
+        """
+        pending = None
+        if self._pending is not None:
+            result = self._wait()
+            averages, missing = ({}, {}) if result is None else result
+            pending = {
+                "due": self._pending.due,
+                "names": self._pending.fragment,
+                "base": dict(self._pending.base),
+                "averages": averages,
+                "missing": missing,
+            }
+        return {
+            "format": FORMAT,
+            "averager": self._averager.state_dict(),
+            "common": {name: tensor.clone() for name, tensor in self._common.tensors.items()},
+            "outer": self._common.optimizer.state_dict(),
+            "local_step": self.local_step,
+            "exchanges": self.exchanges,
+            "pending": pending,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called; the model and the inner optimizer are loaded apart.
+
+        The next exchange compares the ranks first. If their common models are of different steps,
+        all go on from that of the rank with the most exchanges.
+
+        Raises
+        ------
+        ValueError
+            If it is the state of another compressor or model, or no such state. Nothing is changed.
+        """
+        if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
+            raise ValueError(
+                f"this is not a state that {type(self).__name__}.state_dict() returned"
+            )
+        if state["format"] != FORMAT:
+            raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self._common.tensors.items()}
+        if shapes != expected:
+            raise ValueError("the state is that of another model: names or shapes differ")
+        self._averager.load_state_dict(state["averager"])
+        self._common.optimizer.load_state_dict(state["outer"])
+        for name, tensor in state["common"].items():
+            self._common.tensors[name].copy_(tensor)
+        self.local_step, self.exchanges = state["local_step"], state["exchanges"]
+        self._averager.position = self.exchanges
+        self._pending = None
+        saved = state["pending"]
+        if saved is not None:
+            moved = {
+                key: {name: of.to(self._device) for name, of in saved[key].items()}
+                for key in ("base", "averages", "missing")
+            }
+            future: Future[Any] = Future()
+            averages = moved["averages"]
+            future.set_result((averages, moved["missing"]) if averages else None)
+            self._pending = Pending(saved["names"], saved["due"], moved["base"], future)
+
+
+def _missing(own: Mapping[str, Decoded], differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: own[name].missing_from(of) for name, of in differences.items()}
