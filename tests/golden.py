@@ -1,7 +1,8 @@
 """Messages and sections of indices of wire version 1, recorded in golden.json.
 
 "messages" are made in the same way now. "earlier" ones were made before a zero tensor (here, an
-empty one and a scalar) was sent as a head alone. Both decode.
+empty one and a scalar) was sent as a head alone, or before int2 had a choice of two scales. Both
+decode.
 
 ``python -m tests.golden`` records the compressors of the list below that the file does not have.
 Messages that it has stay: they must decode in every later release.
