@@ -29,15 +29,18 @@ def default_group() -> dist.ProcessGroup:
     return group
 
 
-def group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a new group of the same ranks, with the same backend and time-out.
+def group_like(
+    group: dist.ProcessGroup, ranks: list[int] | None = None, patience: int = 1
+) -> dist.ProcessGroup:
+    """Return a new group with the backend of `group`, and `patience` times its time-out.
 
-    The averages need one of their own: two users of one group would mix up their collectives.
+    Its ranks are those of `group`, or `ranks`, which are numbers in the default group. The averages
+    need one of their own: two users of one group would mix up their collectives.
     """
-    ranks = dist.get_process_group_ranks(group)
+    timeout = _timeout(group)
     made = dist.new_group(
-        ranks,
-        timeout=_timeout(group),
+        dist.get_process_group_ranks(group) if ranks is None else ranks,
+        timeout=None if timeout is None else timeout * patience,
         backend=dist.get_backend(group),
         use_local_synchronization=True,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress._util.groups import check_group, default_group, group_like
 from lbgm_compress.collective.local import LocalTraining
-from lbgm_compress.collective.local.options import check_options
+from lbgm_compress.collective.local.node import Follower, Node
+from lbgm_compress.collective.local.options import (
+    check_optimizers,
+    check_options,
+    check_same,
+    parameters_of,
+)
 from lbgm_compress.collective.local.training import Accept
 from lbgm_compress.collective.transport import ProcessGroupTransport
 from lbgm_compress.compressor import Compressor
@@ -19,7 +28,7 @@ from lbgm_compress.compressor import Compressor
 __all__ = ["DiLoCo"]
 
 
-class DiLoCo(LocalTraining):
+class DiLoCo:
     """Has workers train on their own, and averages compressed pseudo-gradients now and then.
 
     Every `sync_every` steps of the inner optimizer, the difference between the common model and
@@ -42,10 +51,11 @@ class DiLoCo(LocalTraining):
     Parameters
     ----------
     model
-        The worker's model. A model in `DistributedDataParallel` is taken as one worker: build
-        DiLoCo on all its ranks, with `process_group` and `local_group`.
+        The worker's model. The ranks of a model in `DistributedDataParallel` are one worker, a
+        node: all of them build DiLoCo, and the first one exchanges for them (see the guide).
     inner_optimizer
         Optimizer of the parameters. Its steps are counted, and its state stays the worker's own.
+        If there are several, give the one whose step comes last.
     compressor
         Compresses the pseudo-gradients: any compressor, the same on all ranks.
     sync_every
@@ -54,7 +64,7 @@ class DiLoCo(LocalTraining):
         Optimizer of the same parameters, which applies the averages: `torch.optim.SGD` with
         learning rate 0.7 and Nesterov momentum 0.9 unless given.
     process_group
-        The ranks that exchange; the default group unless given.
+        All ranks, those of all nodes; the default group unless given.
     residual
         Where the part of a pseudo-gradient is kept that a message leaves out: "model", in the
         worker's own model, or "memory", in the residual of `ErrorFeedback`, which is put around a
@@ -72,7 +82,14 @@ class DiLoCo(LocalTraining):
         on all ranks. If it returns False, the exchange is not applied, and nothing of it is lost.
         With a delay it is called on another thread.
     weight
-        This rank's weight in the average; positive.
+        This worker's weight in the average; positive.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The worker's model, without `DistributedDataParallel`.
+    local_step, exchanges : int
+        Numbers of inner steps and of exchanges so far.
 
     Raises
     ------
@@ -99,32 +116,130 @@ class DiLoCo(LocalTraining):
         accept: Accept | None = None,
         weight: float = 1.0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be a torch.nn.Module, not {type(model).__name__}: write "
-                "DiLoCo(model, optimizer, compressor)"
-            )
+        _check_arguments(model, inner_optimizer, compressor)
         check_options(compressor, sync_every, residual, fragments, delay, final, weight)
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group() first")
         if process_group is not None:
             check_group(process_group)
         group = default_group() if process_group is None else process_group
-        super().__init__(
-            model.module if isinstance(model, DistributedDataParallel) else model,
-            inner_optimizer,
-            compressor,
-            ProcessGroupTransport(group_like(group)),
-            sync_every=sync_every,
-            outer_optimizer=outer_optimizer,
-            residual=residual,
-            fragments=fragments,
-            delay=delay,
-            final=final,
-            accept=accept,
-            weight=weight,
+        node_group: dist.ProcessGroup | None = None
+        if isinstance(model, DistributedDataParallel):
+            node_group, model = model.process_group, model.module
+        self.model: nn.Module = model
+        parameters = parameters_of(self.model)
+        check_optimizers(inner_optimizer, outer_optimizer, parameters)
+        schedule = {"sync_every": sync_every, "fragments": fragments, "delay": delay}
+        transport = ProcessGroupTransport(group_like(group))
+        device = next(iter(parameters.values())).device
+        check_same(transport, [f"{name} {value}" for name, value in schedule.items()], device)
+        ranks = [dist.get_rank()]
+        if node_group is not None:
+            ranks = sorted(dist.get_process_group_ranks(node_group))
+        leaders = _leaders(transport, ranks, device)
+        node = None
+        if node_group is not None:
+            inside = ProcessGroupTransport(group_like(node_group, patience=2))
+            node = Node(inside, parameters, inner_optimizer)
+        self._training: LocalTraining | Follower
+        if node is not None and node.transport.rank > 0:
+            self._training = Follower(self.model, node, **schedule)
+        else:
+            if len(leaders) < transport.size:
+                transport = ProcessGroupTransport(group_like(group, leaders))
+            self._training = LocalTraining(
+                self.model,
+                inner_optimizer,
+                compressor,
+                transport,
+                **schedule,
+                outer_optimizer=outer_optimizer,
+                residual=residual,
+                final=final,
+                accept=accept,
+                weight=weight,
+                node=node,
+            )
+        self._hook = inner_optimizer.register_step_post_hook(lambda *_: self._training.step())
+
+    @property
+    def local_step(self) -> int:
+        return self._training.local_step
+
+    @property
+    def exchanges(self) -> int:
+        return self._training.exchanges
+
+    def step(self) -> None:
+        """Raise `RuntimeError`: the inner optimizer's steps are counted by themselves."""
+        raise RuntimeError(
+            "the steps of the inner optimizer are counted by themselves: call optimizer.step() "
+            "alone, without diloco.step()"
         )
-        self._hook = inner_optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def finish(self) -> None:
+        """Replace the models of all workers by their mean, in one last exchange.
+
+        All ranks call it, after any number of steps. Differences from the common model are
+        compressed by `final`. Floating-point buffers are averaged without compression; others are
+        those of rank 0. Training may go on afterwards.
+
+        Raises
+        ------
+        RuntimeError
+            If another rank failed or cannot be reached.
+        """
+        self._training.finish()
+
+    def common_model(self) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the model has the common parameters, such as to evaluate it.
+
+        They are the same on all ranks. The worker's own come back at the end of the ``with`` block,
+        which has the model, without `DistributedDataParallel`.
+
+        Raises
+        ------
+        RuntimeError
+            Within the block's ``with``, if this is a rank of a node other than the first.
+        """
+        return self._training.common_model()
+
+    def stats(self) -> dict[str, Any]:
+        """Return what this rank has sent since it was built, the exchanges of `finish` included.
+
+        Returns
+        -------
+        dict
+            ``message_bytes`` and ``dense_bytes`` of all exchanges, their ``ratio``,
+            ``recycled_share`` (the share of tensors sent as a coefficient alone), ``exchanges``,
+            ``local_steps``, and ``bits_per_step``: bits for each parameter and inner step. All of
+            the bytes are 0 on the ranks of a node other than the first.
+        """
+        return self._training.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state as a nested dict of tensors and numbers.
+
+        It has the common model and the outer optimizer's state, and goes beside the worker's own
+        model and inner optimizer, which differ from rank to rank: each rank saves its own. Save or
+        copy it before the next step, which changes it. An exchange under way is waited for.
+        """
+        return self._training.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called; the model and the inner optimizer are loaded apart.
+
+        The ranks of one node call it together. The next exchange compares the ranks first. If
+        their common models differ, as those of different steps do, all go on from that of the rank
+        with the most exchanges. With the state of another rank the worker goes on from the common
+        model, with a warning. An exchange under way is waited for, and is not applied.
+
+        Raises
+        ------
+        ValueError
+            If it is the state of another compressor or model, or no such state. Nothing is changed.
+        """
+        self._training.load_state_dict(state)
 
     def close(self) -> None:
         """Stop counting the inner optimizer's steps; the model stays as it is."""
@@ -142,3 +257,40 @@ class DiLoCo(LocalTraining):
         self.close()
         if error is None:
             self.finish()
+
+
+def _check_arguments(model: Any, optimizer: Any, compressor: Any) -> None:
+    """Raise `TypeError` that names the right call, unless the arguments are in order."""
+    call = "write DiLoCo(model, optimizer, compressor)"
+    if isinstance(compressor, torch.optim.Optimizer) or (
+        isinstance(optimizer, nn.Module) and not isinstance(model, nn.Module)
+    ):
+        raise TypeError(f"the arguments are swapped: {call}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: {call}")
+
+
+def _leaders(transport: ProcessGroupTransport, ranks: list[int], device: torch.device) -> list[int]:
+    """Return the first rank of each node, given those of this rank's node.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if there is one node alone, or if a node is not whole.
+    """
+    mine = torch.tensor([ranks[0], len(ranks)], dtype=torch.int64).view(torch.uint8).to(device)
+    rows = transport.gather_equal(mine).cpu().view(torch.int64).view(-1, 2).tolist()
+    leaders = list(dict.fromkeys(leader for leader, _ in rows))
+    for leader, size in rows:
+        found = sum(other == leader for other, _ in rows)
+        if found != size:
+            raise ValueError(
+                f"process_group has {found} of the {size} ranks of DistributedDataParallel's group "
+                f"of rank {leader}: give DiLoCo a process_group with all ranks of every node"
+            )
+    if len(leaders) == 1 and len(rows) > 1:
+        raise ValueError(
+            "DistributedDataParallel has all ranks, so that there is no other worker to exchange "
+            "with: give it the process_group of this node's ranks, or leave it out"
+        )
+    return leaders

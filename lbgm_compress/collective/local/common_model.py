@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.collective.averager import Averager
+from lbgm_compress.collective.saved import check_saved
 from lbgm_compress.collective.transport import Transport
 from lbgm_compress.decoded import Decoded
+from lbgm_compress.endpoints import Sender
 
 __all__ = ["CommonAverager", "CommonModel", "share", "share_bytes"]
 
 DIGEST_SIZE = 16
+# Transports without sends of their own gather as many bytes from each rank.
+PIECE = 1 << 24
 
 
 class CommonModel:
@@ -42,6 +46,7 @@ class CommonModel:
     def __init__(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+        self._fetched: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     def digest(self) -> bytes:
         """Return a hash of the copies and of the outer optimizer's state."""
@@ -59,16 +64,36 @@ class CommonModel:
                 hashed.update(repr(tensor).encode())
         return hashed.digest()
 
-    def take(self, transport: Transport, source: int, device: torch.device) -> None:
-        """Replace the copies and the outer optimizer's state by those of rank `source`."""
-        share(transport, source, self.tensors.values())
+    def fetch(self, transport: Transport, source: int, device: torch.device, wanted: bool) -> None:
+        """Get the copies and the outer optimizer's state of rank `source`, for `install`.
+
+        All ranks call it together, also those for which they are not wanted.
+        """
+        own = transport.rank == source
+        tensors = {n: t if own else torch.empty_like(t) for n, t in self.tensors.items()}
+        share(transport, source, tensors.values())
         file = io.BytesIO()
-        if transport.rank == source:
+        if own:
             torch.save(self.optimizer.state_dict(), file)
         data = share_bytes(transport, source, file.getvalue(), device)
-        if transport.rank != source:
-            found = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-            self.optimizer.load_state_dict(found)
+        if wanted and not own:
+            state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+            self._fetched = tensors, state
+
+    def forget_fetched(self) -> None:
+        """Leave out the next `install`."""
+        self._fetched = None
+
+    def install(self) -> bool:
+        """Replace the copies and the state by those fetched; return whether there were any."""
+        if self._fetched is None:
+            return False
+        tensors, state = self._fetched
+        self._fetched = None
+        self.optimizer.load_state_dict(state)
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor)
+        return True
 
 
 class CommonAverager(Averager):
@@ -76,26 +101,48 @@ class CommonAverager(Averager):
 
     Two bytes of each rank go before the messages of an exchange. If a rank has loaded a state, is
     at another exchange or has called `finish`, all ranks are compared. Ranks whose common models
-    differ all take that of the rank with the most exchanges. Parameters, attributes and errors are
-    those of `Averager`, and `common` is the common model.
+    differ get that of the rank with the most exchanges, and install it (`CommonModel.install`)
+    before the next exchange. Parameters, attributes and errors are those of `Averager`, and
+    `common` is the common model.
 
     Attributes
     ----------
     position : int
         Number of exchanges that have begun, skipped ones among them.
-    replaced : bool
-        Whether this rank's common model has been replaced since this was last set to False.
     """
 
     def __init__(self, *arguments: Any, common: CommonModel, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.common = common
         self.position = 0
-        self.replaced = False
         self._finishing = False
         # What the last comparison has found: whether all ranks have called `finish`, and whether
         # an exchange can follow.
         self._all_finish = self._agreed = False
+
+    def start(self, tensors: Iterable[Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Compare what the ranks were given, and have all begin as rank 0.
+
+        Parameters
+        ----------
+        tensors
+            Overwritten with those of rank 0.
+        parameters
+            Those of the tensors of which the common model has copies, by name.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, if they were given different compressors, models or options.
+        """
+        super().verify_ranks_match()
+        share(self.transport, 0, tensors)
+        for name, parameter in parameters.items():
+            self.common.tensors[name].copy_(parameter.detach())
+        # An outer optimizer may have been used before.
+        if len(set(self._gathered(self.common.digest()))) > 1:
+            self.common.fetch(self.transport, 0, self._device, wanted=True)
+            self.common.install()
 
     def exchange(
         self, differences: Mapping[str, Tensor]
@@ -109,12 +156,16 @@ class CommonAverager(Averager):
             rank has called `finish`, or if the ranks had different common models or positions.
         """
         self.check_usable()
-        if self._to_compare():
-            self.verify_ranks_match()
-            if not self._agreed:
-                return None
-        average = self.begin(differences)
-        averages = average.finish()
+        try:
+            if self._to_compare():
+                self.verify_ranks_match()
+                if not self._agreed:
+                    return None
+            average = self.begin(differences)
+            averages = average.finish()
+        except BaseException as error:
+            self.fail(error)
+            raise
         self.end_step()
         return averages, average.own()
 
@@ -122,64 +173,95 @@ class CommonAverager(Averager):
         """Keep the last step, which has been applied: what `undo` needs is freed."""
         self._commit()
 
-    def finish(self) -> None:
-        """Wait until all ranks have called this, and compare them."""
+    def finish(self) -> bool:
+        """Wait until all ranks have called this, and compare them.
+
+        Returns
+        -------
+        bool
+            Whether another common model has been installed here.
+        """
         self.check_usable()
-        self._finishing, self._all_finish = True, False
+        self._finishing, self._all_finish, replaced = True, False, False
         try:
             while not self._all_finish:
                 self._to_compare()
                 self.verify_ranks_match()
-        finally:
-            self._finishing = False
-
-    def _to_compare(self) -> bool:
-        """Return whether a rank asks to be compared, or is at another exchange; on all ranks."""
-        asks = self._differs or self._finishing or not self.ranks_match
-        mine = torch.tensor([self.position % 256, asks], dtype=torch.uint8, device=self._device)
-        try:
-            rows = self.transport.gather_equal(mine).tolist()
+                replaced |= self.common.install()
         except BaseException as error:
             self.fail(error)
             raise
+        finally:
+            self._finishing = False
+        return replaced
+
+    def load(self, state: Mapping[str, Any]) -> bool:
+        """Do `load_state_dict`, and return whether the state is that of another rank."""
+        check_saved(state, type(self).__name__)
+        rank, owner = self.transport.rank, state["rank"]
+        if owner != rank:
+            self._check_sender(state["sender"])
+            fresh = Sender(self.compressor, seed=rank).state_dict()
+            state = {**state, "rank": rank, "sender": fresh}
+        self.load_state_dict(state)
+        if owner != rank:
+            warnings.warn(
+                f"the state is that of rank {owner} of {state['world_size']}, and this is rank "
+                f"{rank} of {self.transport.size}, which goes on from the common model: have every "
+                "rank save and load its own state, model and inner optimizer",
+                stacklevel=4,
+            )
+        return bool(owner != rank)
+
+    def _to_compare(self) -> bool:
+        """Return whether a rank asks to be compared, or is at another exchange; on all ranks."""
+        asks = self._differs or self._finishing
+        rows = self._gathered(bytes([self.position % 256, asks]))
         return any(asked for _, asked in rows) or len({position for position, _ in rows}) > 1
+
+    def _gathered(self, data: bytes) -> list[bytes]:
+        """Return the bytes of all ranks, which are of one length, in rank order."""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        return [bytes(row) for row in self.transport.gather_equal(mine).tolist()]
 
     def verify_ranks_match(self) -> None:
         super().verify_ranks_match()
-        device = self._device
         mine = self.common.digest() + struct.pack("<q?", self.position, self._finishing)
-        data = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
-        rows = [bytes(row) for row in self.transport.gather_equal(data).tolist()]
+        rows = self._gathered(mine)
+        digests = [row[:DIGEST_SIZE] for row in rows]
         numbers = [struct.unpack("<q?", row[DIGEST_SIZE:]) for row in rows]
         positions = [position for position, _ in numbers]
-        digests = [row[:DIGEST_SIZE] for row in rows]
         same = len(set(digests)) == 1
         self._all_finish = all(finishing for _, finishing in numbers)
         self._agreed = (
             same and len(set(positions)) == 1 and not any(finishing for _, finishing in numbers)
         )
         self.position = max(positions)
-        if not same:
-            source = positions.index(max(positions))
-            self.common.take(self.transport, source, device)
-            self.replaced |= digests[self.transport.rank] != digests[source]
-            differing = [rank for rank, of in enumerate(digests) if of != digests[source]]
-            warnings.warn(
-                f"ranks {differing} have other common models than rank {source}, as after loading "
-                f"states of different steps: they go on from that of rank {source}",
-                stacklevel=2,
-            )
+        if same:
+            return
+        # Of those with the most exchanges, a rank of the largest party.
+        ranks = range(self.transport.size)
+        source = max(ranks, key=lambda r: (positions[r], digests.count(digests[r]), -r))
+        differing = [rank for rank, of in enumerate(digests) if of != digests[source]]
+        wanted = self.transport.rank in differing
+        self.common.fetch(self.transport, source, self._device, wanted)
+        warnings.warn(
+            f"ranks {differing} have other common models than rank {source}, as after loading "
+            f"states of different steps: they go on from that of rank {source}",
+            stacklevel=2,
+        )
 
 
 def share(transport: Transport, source: int, tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors, on all ranks, with those of rank `source`; all ranks call it together."""
     for tensor in tensors:
-        if not tensor.numel():
+        if not tensor.numel() or transport.size == 1:
             continue
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        parts = [data[:0]] * transport.size
-        parts[source] = data
-        transport.gather_unequal(parts)
+        for piece in torch.split(data, PIECE):
+            parts = [piece[:0]] * transport.size
+            parts[source] = piece
+            transport.gather_unequal(parts)
         if transport.rank != source:
             tensor.detach().copy_(data.view(tensor.dtype).view(tensor.shape))
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbgm_compress._util.checks import check_choice, check_whole
 from lbgm_compress.collective.averager import Averager
+from lbgm_compress.collective.parameters import may_have_gradient, named_pairs
+from lbgm_compress.collective.transport import Transport, gather_texts
 from lbgm_compress.compressor import check_compressor
 
-__all__ = ["check_optimizers", "check_options", "divided"]
+__all__ = [
+    "check_optimizers",
+    "check_options",
+    "check_same",
+    "described",
+    "divided",
+    "parameters_of",
+]
 
 RESIDUALS = ("model", "memory")
 
@@ -51,6 +60,24 @@ def check_options(
         )
 
 
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model that can be trained, now or unfrozen later, by name.
+
+    Raises
+    ------
+    TypeError
+        If the model is sharded.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                "the model is sharded by FullyShardedDataParallel: local training needs whole "
+                "parameters, as a plain model or DistributedDataParallel has them"
+            )
+    pairs = named_pairs(model.named_parameters(), "model")
+    return {name: p for name, p in pairs if may_have_gradient(p)}
+
+
 def check_optimizers(inner: Any, outer: Any, parameters: Mapping[str, Tensor]) -> None:
     """Raise `TypeError` or `ValueError` unless these are optimizers of the parameters.
 
@@ -64,7 +91,7 @@ def check_optimizers(inner: Any, outer: Any, parameters: Mapping[str, Tensor]) -
             raise TypeError(
                 f"{name} must be a torch.optim.Optimizer, not {type(optimizer).__name__}"
             )
-        if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+        if not any(id(p) in known for p in _held(optimizer)):
             raise ValueError(
                 f"{name} has none of the model's parameters: build it from model.parameters()"
             )
@@ -72,6 +99,42 @@ def check_optimizers(inner: Any, outer: Any, parameters: Mapping[str, Tensor]) -
         raise ValueError(
             "inner_optimizer and outer_optimizer are the same object: each needs its own state"
         )
+    if outer is not None:
+        held = {id(p) for p in _held(outer)}
+        for name, p in parameters.items():
+            if p.requires_grad and id(p) not in held:
+                raise ValueError(
+                    f"outer_optimizer does not have the parameter {name!r}: build it from "
+                    "model.parameters()"
+                )
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def described(model: nn.Module, outer: torch.optim.Optimizer, **options: Any) -> list[str]:
+    """Return lines that must be the same on all ranks: of options and of what is exchanged."""
+    lines = [f"{name} {value}" for name, value in options.items()]
+    for group in outer.param_groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        lines.append(f"outer_optimizer {type(outer).__name__} with {settings}")
+    others = {n: p for n, p in model.named_parameters() if not may_have_gradient(p)}
+    for name, buffer in {**others, **dict(model.named_buffers())}.items():
+        lines.append(f"buffer {name!r} of shape {tuple(buffer.shape)} and {buffer.dtype}")
+    return lines
+
+
+def check_same(transport: Transport, lines: Sequence[str], device: torch.device) -> None:
+    """Raise `ValueError` on all ranks, which call it together, unless their lines are the same."""
+    theirs = [text.split("\n") for text in gather_texts(transport, "\n".join(lines), device)]
+    for rank, other in enumerate(theirs):
+        for mine, line in zip(theirs[0], other, strict=True):
+            if mine != line:
+                raise ValueError(
+                    f"the ranks were given different options: rank 0 has {mine} where rank {rank} "
+                    f"has {line}"
+                )
 
 
 def divided(parameters: Mapping[str, Tensor], count: int) -> list[list[str]]:

@@ -10,6 +10,7 @@ x = w_new - (w - x - decoded), or in the compressor's residual.
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,18 +23,25 @@ from torch import Tensor, nn
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.background import Worker, ready_event, stream_after
 from lbgm_compress.collective.local.common_model import CommonAverager, CommonModel, share
-from lbgm_compress.collective.local.options import check_optimizers, check_options, divided
-from lbgm_compress.collective.parameters import may_have_gradient, named_pairs
+from lbgm_compress.collective.local.node import FORMAT, News, Node
+from lbgm_compress.collective.local.options import (
+    check_optimizers,
+    check_options,
+    described,
+    divided,
+    parameters_of,
+)
+from lbgm_compress.collective.local.rounds import Rounds
 from lbgm_compress.collective.transport import Transport
 from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.identity import Identity
-from lbgm_compress.decoded import Decoded
 
 __all__ = ["LocalTraining"]
 
-FORMAT = 1
 STATE_KEYS = {"format", "averager", "common", "outer", "local_step", "exchanges", "pending"}
+Exchanged = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""The averages, and what this rank's message left out."""
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
@@ -41,16 +49,13 @@ Accept = Callable[[dict[str, Tensor]], bool]
 class Pending:
     """A fragment's exchange that is under way, or over and not applied yet."""
 
-    fragment: list[str]
-    due: int
-    """The local step after which it is applied."""
     base: dict[str, Tensor]
     """What the worker's parameters are compared with when it is applied; empty without delay."""
-    result: Future[tuple[dict[str, Tensor], dict[str, Tensor]] | None]
-    """The averages and what the message left out; None if nothing was exchanged."""
+    result: Future[Exchanged | None]
+    """None if nothing was exchanged."""
 
 
-class LocalTraining:
+class LocalTraining(Rounds):
     """Local training of one worker, on any transport.
 
     All ranks build it together, for models with the same parameters, and call `step` after each
@@ -93,6 +98,9 @@ class LocalTraining:
         False, the exchange is not applied, and nothing of it is lost.
     weight
         This rank's weight in the average; positive.
+    node
+        The ranks that train this worker's model with this one, which is their leader; this rank
+        alone unless given.
 
     Attributes
     ----------
@@ -123,19 +131,16 @@ class LocalTraining:
         final: Compressor | None = None,
         accept: Accept | None = None,
         weight: float = 1.0,
+        node: Node | None = None,
     ) -> None:
         check_options(compressor, sync_every, residual, fragments, delay, final, weight)
-        parameters = {
-            n: p for n, p in named_pairs(model.named_parameters(), "model") if may_have_gradient(p)
-        }
+        super().__init__(sync_every, fragments, delay)
+        parameters = parameters_of(model)
         check_optimizers(inner_optimizer, outer_optimizer, parameters)
         if residual == "memory" and not compressor.has_residual:
             compressor = ErrorFeedback(compressor)
         self.model = model
-        self.sync_every = sync_every
-        self.delay = delay
         self.residual = residual
-        self.local_step = self.exchanges = 0
         self._parameters = parameters
         self._inner = inner_optimizer
         self._accept = accept
@@ -146,72 +151,65 @@ class LocalTraining:
                 parameters.values(), lr=0.7, momentum=0.9, nesterov=True
             )
         self._device = next(iter(parameters.values())).device
-        share(transport, 0, [*model.parameters(), *model.buffers()])
         self._common = CommonModel(parameters, outer_optimizer)
-        names = {"sync_every": sync_every, "residual": residual, "fragments": fragments}
-        options = {**names, "delay": delay, "final": final or Identity()}
-        lines = [f"{name} {value}" for name, value in options.items()]
         self._averager = CommonAverager(
             compressor,
             self._common.tensors,
             transport,
             weight=weight,
-            must_match=lines,
+            must_match=described(
+                model,
+                outer_optimizer,
+                sync_every=sync_every,
+                residual=residual,
+                fragments=fragments,
+                delay=delay,
+                final=final or Identity(),
+            ),
             common=self._common,
         )
-        self._averager.verify_ranks_match()
-        self._averager.replaced = False
         self._final = Averager(final or Identity(), self._common.tensors, transport, weight=weight)
+        self._node = node
+        # What the node is told next.
+        self._changed: set[str] = set()
+        self._forgotten: set[str] = set()
+        everything = [*model.parameters(), *model.buffers()]
+        with torch.no_grad(), self._telling():
+            self._averager.start(everything, parameters)
+        if node is not None:
+            node.share_all(everything)
         self._worker = Worker(self) if delay else None
 
     # --- rounds -------------------------------------------------------------------------------
-
-    def step(self) -> None:
-        """Count an inner step, and begin or apply the exchange that is due.
-
-        Raises
-        ------
-        RuntimeError
-            If another rank failed or cannot be reached.
-        """
-        self.local_step += 1
-        if self._pending is not None and self.local_step >= self._pending.due:
-            self._apply()
-        if self.local_step >= self._step_of(self.exchanges + 1):
-            if self._pending is not None:
-                self._apply()
-            self._begin()
-            if not self.delay:
-                self._apply()
-
-    def _step_of(self, exchange: int) -> int:
-        """Return the local step after which an exchange begins, which are counted from 1."""
-        rounds, part = divmod(exchange, len(self._fragments))
-        return rounds * self.sync_every + part * self.sync_every // len(self._fragments)
 
     @torch.no_grad()
     def _begin(self) -> None:
         """Begin to exchange the pseudo-gradients of the next fragment."""
         names = self._fragments[self.exchanges % len(self._fragments)]
-        self.exchanges += 1
+        super()._begin()
         self._averager.position = self.exchanges
-        differences = self._differences(names)
-        base = {}
-        if self.delay:
-            # Copies, since the parameters go on.
-            base = {name: self._parameters[name].detach().clone() for name in names}
-        pending = Pending(names, self.local_step + self.delay, base, Future())
-        self._pending = pending
-        ready = ready_event(self._device)
+        pending = self._pending = Pending({}, Future())
+        try:
+            differences = self._differences(names)
+            if self.delay:
+                # Copies, since the parameters go on.
+                pending.base.update({n: self._parameters[n].detach().clone() for n in names})
+            ready = ready_event(self._device)
+        except BaseException as error:
+            self._averager.fail(error)
+            pending.result.set_exception(error)
+            return
 
         def exchange() -> None:
             try:
                 with stream_after(ready, self._device):
-                    pending.result.set_result(self._exchange(differences))
+                    result = self._exchange(differences)
                     if ready is not None:
                         torch.cuda.current_stream(self._device).synchronize()
             except BaseException as error:
                 pending.result.set_exception(error)
+            else:
+                pending.result.set_result(result)
 
         if self._worker is None:
             exchange()
@@ -223,37 +221,52 @@ class LocalTraining:
         return {n: self._common.tensors[n] - self._parameters[n].detach() for n in names}
 
     @torch.no_grad()
-    def _exchange(
-        self, differences: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    def _exchange(self, differences: Mapping[str, Tensor]) -> Exchanged | None:
         """Return the averages and what this rank's message left out, or None."""
         found = self._averager.exchange(differences)
         if found is None:
             return None
         averages, own = found
-        finite = all(bool(average.isfinite().all()) for average in averages.values())
-        if not finite or (self._accept is not None and not self._accept(averages)):
-            self._averager.undo()
+        accepted = False
+        try:
+            finite = all(bool(average.isfinite().all()) for average in averages.values())
+            accepted = finite and (self._accept is None or bool(self._accept(averages)))
+        finally:
+            if not accepted:
+                # The next exchange compares the ranks, should others have accepted this one.
+                self._averager.undo()
+        if not accepted:
             return None
         self._averager.keep()
         if self.residual == "memory":
             return averages, {}
-        return averages, _missing(own, differences)
+        return averages, {n: own[n].missing_from(of) for n, of in differences.items()}
 
     @torch.no_grad()
     def _apply(self) -> None:
         """Wait for the exchange under way, and go on from the new common model."""
-        pending, self._pending = self._pending, None
-        assert pending is not None
-        result = pending.result.result()
-        self._catch_up()
-        if result is None:
-            self._return_to_common(self._not_finite())
-            return
-        averages, missing = result
-        own = {}
-        for name, base in pending.base.items():
-            own[name] = self._parameters[name].detach() - base
+        with self._telling():
+            pending, self._pending, self._due = self._pending, None, None
+            assert pending is not None
+            result = pending.result.result()
+            try:
+                self._catch_up()
+                if result is None:
+                    self._return_to_common(self._not_finite(), forget=True)
+                else:
+                    self._go_on(pending.base, *result)
+            except BaseException as error:
+                self._averager.fail(error)
+                raise
+
+    def _go_on(
+        self,
+        base: Mapping[str, Tensor],
+        averages: Mapping[str, Tensor],
+        missing: Mapping[str, Tensor],
+    ) -> None:
+        """Apply averages, and add what the worker has beyond the common model."""
+        own = {name: self._parameters[name].detach() - of for name, of in base.items()}
         self._outer_step(averages)
         for name in averages:
             parameter = self._parameters[name].detach()
@@ -261,29 +274,40 @@ class LocalTraining:
                 parameter.sub_(missing[name])
             if name in own:
                 parameter.add_(own[name])
+        self._changed.update(averages)
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, replaced: bool = False) -> None:
         """Follow the ranks that are further, after a comparison that has found them."""
         # The steps since the last exchange stay.
         since = self.local_step - self._step_of(self.exchanges)
         self.exchanges = self._averager.position
         self.local_step = self._step_of(self.exchanges) + since
-        if self._averager.replaced:
-            self._averager.replaced = False
+        if self._common.install() or replaced:
             self._return_to_common(list(self._parameters))
 
     def _outer_step(self, averages: Mapping[str, Tensor]) -> None:
-        """Have the outer optimizer apply averages; the parameters are then the new common ones."""
+        """Have the outer optimizer apply averages; the parameters are then the new common ones.
+
+        A parameter whose average is zero, such as a frozen one, is left alone.
+        """
         optimizer = self._common.optimizer
         held = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in held]
+        known = {id(p) for p in held}
         for p in held:
             p.grad = None
-        for name, average in averages.items():
-            parameter = self._parameters[name]
-            parameter.detach().copy_(self._common.tensors[name])
-            parameter.grad = average.to(parameter.dtype)
         try:
+            for name, average in averages.items():
+                parameter = self._parameters[name]
+                parameter.detach().copy_(self._common.tensors[name])
+                if not bool(average.any()):
+                    continue
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"outer_optimizer does not have the parameter {name!r}, which is trained: "
+                        "build it from model.parameters()"
+                    )
+                parameter.grad = average.to(parameter.dtype)
             optimizer.step()
         finally:
             for p, grad in zip(held, grads, strict=True):
@@ -295,22 +319,53 @@ class LocalTraining:
         """Return the names of parameters that have inf or nan."""
         return [n for n, p in self._parameters.items() if not bool(p.detach().isfinite().all())]
 
-    def _return_to_common(self, names: Sequence[str]) -> None:
-        """Put parameters back to the common model, and forget their inner optimizer's state."""
+    def _return_to_common(self, names: Sequence[str], forget: bool = False) -> None:
+        """Put parameters back to the common model; `forget` drops their inner optimizer's state."""
         for name in names:
             parameter = self._parameters[name]
             parameter.detach().copy_(self._common.tensors[name])
-            self._inner.state.pop(parameter, None)
-        if names:
+            if forget:
+                self._inner.state.pop(parameter, None)
+        self._changed.update(names)
+        if names and forget:
+            self._forgotten.update(names)
             warnings.warn(
-                f"{len(names)} of this worker's parameters go on from the common model, since they "
-                "have inf or nan, or were of another one",
+                f"{len(names)} of this worker's parameters have inf or nan, and go on from the "
+                "common model, without their inner optimizer's state",
                 stacklevel=3,
             )
 
-    def _wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    @torch.no_grad()
+    def _start_over(self) -> None:
+        with self._telling():
+            self._starts_over = False
+            self._return_to_common(list(self._parameters))
+
+    def _wait(self) -> Exchanged | None:
         """Wait for the exchange under way, and return its result."""
         return None if self._pending is None else self._pending.result.result()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell the node of the counters and changes that are made within a ``with`` block."""
+        try:
+            yield
+        except BaseException:
+            if self._node is not None:
+                self._node.fail()
+            raise
+        if self._node is not None:
+            self._node.tell(
+                News(
+                    self.local_step,
+                    self.exchanges,
+                    self._due,
+                    self._starts_over,
+                    self._changed,
+                    self._forgotten,
+                )
+            )
+        self._changed, self._forgotten = set(), set()
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -329,31 +384,37 @@ class LocalTraining:
         """
         if self._pending is not None:
             self._apply()
-        self._averager.finish()
-        self._catch_up()
-        averages = self._final.average(self._differences(list(self._parameters)))
-        finite = all(bool(average.isfinite().all()) for average in averages.values())
-        if not finite:
-            warnings.warn(
-                "a worker's model has inf or nan: all workers end with the common model of the "
-                "last exchange",
-                stacklevel=2,
-            )
-        for name, average in averages.items():
-            common = self._common.tensors[name]
-            if finite:
-                common.sub_(average)
-            self._parameters[name].detach().copy_(common)
-        self._finish_buffers()
+        with self._telling():
+            replaced = self._averager.finish()
+            self._catch_up(replaced)
+            self._return_to_common(self._not_finite(), forget=True)
+            averages = self._final.average(self._differences(list(self._parameters)))
+            finite = all(bool(average.isfinite().all()) for average in averages.values())
+            if not finite:
+                warnings.warn(
+                    "the mean of the workers' models is out of range: all workers end with the "
+                    "common model of the last exchange",
+                    stacklevel=2,
+                )
+            for name, average in averages.items():
+                common = self._common.tensors[name]
+                if finite:
+                    common.sub_(average)
+                self._parameters[name].detach().copy_(common)
+            self._changed.update(averages)
+            self._finish_buffers()
+        if self._node is not None:
+            self._node.share_all(self.model.buffers())
 
     def _finish_buffers(self) -> None:
         transport = self._averager.transport
         for buffer in self.model.buffers():
-            if buffer.is_floating_point():
-                flat = buffer.detach().reshape(-1).to(torch.float32) * self._averager.share
-                buffer.detach().copy_(transport.all_reduce(flat).view(buffer.shape))
-            else:
+            if not buffer.is_floating_point():
                 share(transport, 0, [buffer])
+            elif buffer.numel():
+                # In float64, so that a constant is its own mean.
+                flat = buffer.detach().reshape(-1).to(torch.float64) * self._averager.share
+                buffer.detach().copy_(transport.all_reduce(flat).view(buffer.shape))
 
     @contextlib.contextmanager
     def common_model(self) -> Iterator[nn.Module]:
@@ -410,8 +471,7 @@ class LocalTraining:
             result = self._wait()
             averages, missing = ({}, {}) if result is None else result
             pending = {
-                "due": self._pending.due,
-                "names": self._pending.fragment,
+                "due": self._due,
                 "base": dict(self._pending.base),
                 "averages": averages,
                 "missing": missing,
@@ -429,42 +489,58 @@ class LocalTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called; the model and the inner optimizer are loaded apart.
 
-        The next exchange compares the ranks first. If their common models are of different steps,
-        all go on from that of the rank with the most exchanges.
+        The next exchange compares the ranks first. If their common models differ, as those of
+        different steps do, all go on from that of the rank with the most exchanges. With the state
+        of another rank the worker goes on from the common model, with a warning. An exchange under
+        way is waited for, and is not applied.
 
         Raises
         ------
         ValueError
             If it is the state of another compressor or model, or no such state. Nothing is changed.
         """
-        if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
+        with self._telling():
+            self._load(state)
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        if isinstance(state, Mapping) and "exchanges" in state and "averager" not in state:
             raise ValueError(
-                f"this is not a state that {type(self).__name__}.state_dict() returned"
+                "this is the state of a rank that does not exchange: load the one that the first "
+                "rank of a node has saved"
             )
+        if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
+            raise ValueError(f"this is not a state that {name}.state_dict() returned")
         if state["format"] != FORMAT:
             raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
         shapes = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self._common.tensors.items()}
         if shapes != expected:
             raise ValueError("the state is that of another model: names or shapes differ")
-        self._averager.load_state_dict(state["averager"])
-        self._common.optimizer.load_state_dict(state["outer"])
+        with contextlib.suppress(Exception):
+            # What it raises was raised before, or is of no importance any more.
+            self._wait()
+        outer = self._common.optimizer
+        before = outer.state_dict()
+        # A copy, since optimizers go on in the tensors that they are given.
+        outer.load_state_dict(copy.deepcopy(state["outer"]))
+        try:
+            foreign = self._averager.load(state["averager"])
+        except BaseException:
+            outer.load_state_dict(before)
+            raise
         for name, tensor in state["common"].items():
             self._common.tensors[name].copy_(tensor)
+        self._common.forget_fetched()
         self.local_step, self.exchanges = state["local_step"], state["exchanges"]
         self._averager.position = self.exchanges
-        self._pending = None
+        self._pending, self._due, self._starts_over = None, None, foreign
         saved = state["pending"]
         if saved is not None:
-            moved = {
-                key: {name: of.to(self._device) for name, of in saved[key].items()}
+            base, averages, missing = (
+                {name: of.to(self._device) for name, of in saved[key].items()}
                 for key in ("base", "averages", "missing")
-            }
-            future: Future[Any] = Future()
-            averages = moved["averages"]
-            future.set_result((averages, moved["missing"]) if averages else None)
-            self._pending = Pending(saved["names"], saved["due"], moved["base"], future)
-
-
-def _missing(own: Mapping[str, Decoded], differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: own[name].missing_from(of) for name, of in differences.items()}
+            )
+            self._pending, self._due = Pending(base, Future()), saved["due"]
+            self._pending.result.set_result((averages, missing) if averages else None)
