@@ -246,7 +246,7 @@ class CompressedProcessGroup(ProcessGroupGloo):
 
     def _ends(self, tensors: Sequence[Tensor]) -> tuple[BatchEnds, str]:
         """Return the sender and the receiver of a batch, and the batch in words."""
-        lines = [f"tensors of {tuple(t.shape)} and {t.dtype}" for t in tensors]
+        lines = [f"tensor of shape {tuple(t.shape)} and {t.dtype}" for t in tensors]
         layout = _digest("\n".join(lines))
         count = self._counts[layout] = self._counts.get(layout, 0) + 1
         fragment = self._manager.current_step() % self.fragments

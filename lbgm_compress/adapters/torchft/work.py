@@ -40,7 +40,7 @@ class Batch:
         self._done, self._failure = True, RuntimeError("a new quorum began before this sum")
 
 
-class SumWork(dist._Work):  # type: ignore[name-defined, misc]
+class SumWork(dist._Work):  # type: ignore[name-defined]
     """What torchft waits for: the sum of some tensors of a batch."""
 
     def __init__(self, batch: Batch, tensors: list[Tensor]) -> None:
