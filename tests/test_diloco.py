@@ -141,3 +141,153 @@ def test_without_loss_it_is_diloco(world):
             for found, right in ((common, expected), (final, mean)):
                 close = torch.allclose(found[name], right[name], rtol=1e-4, atol=1e-6)
                 assert close, (options, name, (found[name] - right[name]).abs().max())
+
+
+# --- all ranks have one common model --------------------------------------------------------------
+
+
+def accepted(compressors):
+    """Return pairs of a compressor and a place for its residual."""
+    return [(c, r) for c in compressors for r in RESIDUALS if r == "memory" or not c.has_residual]
+
+
+def given(rank, step, size=1.0):
+    """Return gradients that do not depend on the parameters."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {n: size * torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
+
+
+class Run:
+    """Local training of one rank by SGD on gradients that are given."""
+
+    def __init__(self, transport, compressor, lr=0.1, outer_lr=1.0, **options):
+        self.rank = transport.rank
+        self.model = Given()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        outer = torch.optim.SGD(self.model.parameters(), lr=outer_lr)
+        self.training = LocalTraining(
+            self.model, self.optimizer, compressor, transport, outer_optimizer=outer, **options
+        )
+        self.true = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        self.lr = lr
+
+    def step(self, grads):
+        self.optimizer.zero_grad()
+        self.model(grads).backward()
+        self.optimizer.step()
+        for name, grad in grads.items():
+            self.true[name] += self.lr * grad
+        self.training.step()
+
+    def common(self):
+        with self.training.common_model():
+            return parameters(self.model)
+
+
+def every_compressor(rank, cases):
+    transport = ProcessGroupTransport(dist.group.WORLD)
+    results = []
+    for compressor, residual in cases:
+        run = Run(transport, compressor, sync_every=2, residual=residual)
+        commons = []
+        for step in range(7):
+            run.step(given(rank, step))
+            commons.append(run.common())
+        run.training.finish()
+        results.append((commons, parameters(run.model)))
+    return results
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world", [2, 3])
+def test_common_models_are_bit_equal_for_every_compressor(world):
+    cases = accepted(COMPRESSORS)
+    results = run_ranks(every_compressor, world, cases, timeout=100)
+    for i, case in enumerate(cases):
+        for other in results[1:]:
+            assert_same_bits(other[i], results[0][i], repr(case))
+
+
+# --- nothing is lost ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three():
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+def linear(rank, transport, compressor, refused=False, inf_at=None, **options):
+    """Train on given gradients; return what `check_invariant` needs, and the model at the end."""
+    calls = []
+
+    def accept(averages):
+        calls.append(averages)
+        return len(calls) % 3 != 2
+
+    torch.manual_seed(0)
+    run = Run(transport, compressor, sync_every=4, accept=accept if refused else None, **options)
+    start = parameters(run.model)
+    for step in range(22 + rank):
+        grads = given(rank, step)
+        if step == inf_at and rank == 1:
+            # What this worker has of this parameter beyond the common model is lost.
+            lost = run.common()["matrix"] - parameters(run.model)["matrix"]
+            left = run.true["matrix"] - lost
+            grads["matrix"][2, 3] = float("inf")
+            run.step(grads)
+            assert torch.equal(run.common()["matrix"], parameters(run.model)["matrix"])
+            run.true["matrix"] = left
+        else:
+            run.step(grads)
+    run.training.finish()
+    kept = residuals(run.training._averager.state_dict())
+    final = parameters(run.model)
+    # In units of the learning rate the mean of the models goes down by true - residual.
+    applied = {name: start[name] - p for name, p in final.items()}
+    return applied, run.true, kept, final
+
+
+# A majority vote is not the mean of what was sent.
+LOSSLESS = [
+    (compressor, residual)
+    for compressor, residual in accepted(COMPRESSORS)
+    if not compressor.finishes_average
+    and (
+        residual == "model"
+        or keeps_invariant(compressor if compressor.has_residual else ErrorFeedback(compressor))
+    )
+]
+SCHEDULES = {
+    "plain": {},
+    "fragments": {"fragments": 3},
+    "delay": {"delay": 3},
+    "both": {"fragments": 2, "delay": 1},
+    "weights": {"weights": [1.0, 2.0, 5.0]},
+    "refused rounds": {"refused": True},
+    "refused rounds, fragments and delay": {"refused": True, "fragments": 2, "delay": 1},
+    "inf": {"inf_at": 11},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.filterwarnings("ignore:1 of this worker's parameters have inf or nan")
+def test_nothing_is_lost(three, schedule):
+    """The mean of all models goes the way that all gradients together say, whatever is sent."""
+    options = dict(schedule)
+    weights = options.pop("weights", [1.0] * 3)
+    for compressor, residual in LOSSLESS if not schedule else LOSSLESS[::5]:
+
+        def train(rank, weight, compressor=compressor, residual=residual):
+            transport = three.transports[rank]
+            return linear(rank, transport, compressor, residual=residual, weight=weight, **options)
+
+        results = three.run(train, weights)
+        assert_replicas_agree([final for _, _, _, final in results])
+        applied, true, kept = results[0][0], [r[1] for r in results], [r[2] for r in results]
+        shares = [weight / sum(weights) for weight in weights]
+        try:
+            check_invariant(applied, true, kept, shares)
+        except AssertionError as error:
+            raise AssertionError(f"{compressor!r}, {residual}: {error}") from None
