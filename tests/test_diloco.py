@@ -226,7 +226,6 @@ def linear(rank, transport, compressor, refused=False, inf_at=None, **options):
         calls.append(averages)
         return len(calls) % 3 != 2
 
-    torch.manual_seed(0)
     run = Run(transport, compressor, sync_every=4, accept=accept if refused else None, **options)
     start = parameters(run.model)
     for step in range(22 + rank):
@@ -291,3 +290,197 @@ def test_nothing_is_lost(three, schedule):
             check_invariant(applied, true, kept, shares)
         except AssertionError as error:
             raise AssertionError(f"{compressor!r}, {residual}: {error}") from None
+
+
+# --- saved states ---------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Trained:
+    """A small model that a rank trains by AdamW."""
+
+    def __init__(self, transport, compressor, **options):
+        self.rank = transport.rank
+        self.model = Small()
+        # Threads share the global generator.
+        generator = torch.Generator().manual_seed(transport.rank)
+        for p in self.model.parameters():
+            nn.init.normal_(p, std=0.2, generator=generator)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.training = LocalTraining(
+            self.model, self.optimizer, compressor, transport, sync_every=EVERY, **options
+        )
+
+    def go(self, start, end, skipped=()):
+        for step in range(start, end):
+            self.optimizer.zero_grad()
+            loss_of(self.model, self.rank, step).backward()
+            if step not in skipped:
+                self.optimizer.step()
+                self.training.step()
+
+    def state(self):
+        parts = (self.model, self.optimizer, self.training)
+        return saved_and_loaded([part.state_dict() for part in parts])
+
+    def load(self, states):
+        for part, state in zip((self.model, self.optimizer, self.training), states, strict=True):
+            part.load_state_dict(state)
+
+    def common(self):
+        with self.training.common_model():
+            return parameters(self.model)
+
+    def finished(self):
+        self.training.finish()
+        return parameters(self.model)
+
+
+RESUMED = [
+    (TopK(0.1, "int2"), {}),
+    (TopK(0.1), {"delay": 2, "residual": "memory"}),
+    (LBGM(TopK(0.2), delta=0.6), {"fragments": 2, "delay": 2}),
+    (ErrorFeedback(LookBackSubspace(2, 0.5, values="int4")), {"residual": "memory"}),
+    (LookBackSubspace(2), {"fragments": 3, "delay": 1}),
+    (SignSGD(scaled=True), {"delay": 5}),
+]
+
+
+@pytest.mark.parametrize(("compressor", "options"), RESUMED, ids=repr)
+def test_resuming_goes_on_bit_for_bit(three, compressor, options):
+    """In the middle of a round, at an exchange, and while one is under way."""
+    saved_at = [3, 6, 7, 13, 17, 18, 20]
+
+    def train(rank):
+        run, states = Trained(three.transports[rank], compressor, **options), []
+        for start, end in zip([0, *saved_at], [*saved_at, 27], strict=True):
+            run.go(start, end)
+            states.append(run.state())
+        return states[:-1], run.finished()
+
+    def resume(rank, state, start):
+        run = Trained(three.transports[rank], compressor, **options)
+        run.load(state)
+        run.go(start, 27)
+        return run.finished()
+
+    uninterrupted = three.run(train)
+    for number, start in enumerate(saved_at):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            states = [states[number] for states, _ in uninterrupted]
+            resumed = three.run(resume, states, [start] * 3)
+        assert_same_bits(resumed, [final for _, final in uninterrupted])
+
+
+@pytest.mark.parametrize(("compressor", "options"), RESUMED, ids=repr)
+def test_ranks_may_take_different_numbers_of_steps(three, compressor, options):
+    """As where a GradScaler skips steps; `finish` does not wait for further exchanges."""
+
+    def train(rank):
+        run = Trained(three.transports[rank], compressor, **options)
+        commons = {}
+        for step in range(40):
+            # Rank 1 skips steps, and rank 2 is further.
+            run.go(step, step + 1, skipped=range(3, 40, 4) if rank == 1 else ())
+            if rank == 2 and step > 30:
+                run.go(100 + step, 101 + step)
+            if run.training._due is None:
+                commons[run.training.exchanges] = run.common()
+        first = run.finished()
+        run.go(40, 40 + 5 * rank)
+        again = run.finished()
+        assert_same_bits(run.common(), again)
+        run.go(60, 80)
+        return commons, first, again, run.finished()
+
+    results = three.run(train)
+    assert_replicas_agree([finals for _, *finals in results])
+    commons = [of for of, *_ in results]
+    both = set.intersection(*map(set, commons))
+    assert len(both) > 2
+    for number in both:
+        assert_replicas_agree([of[number] for of in commons])
+
+
+@pytest.mark.parametrize("which", [(0, 1, 2), (1,), (0, 2)], ids=repr)
+def test_going_back_while_an_exchange_is_under_way(three, which):
+    def train(rank):
+        run = Trained(three.transports[rank], LBGM(TopK(0.2)), delay=3)
+        run.go(0, 9)
+        saved = run.state()
+        run.go(9, 19)
+        assert run.training._pending is not None
+        if rank in which:
+            run.load(saved)
+            run.go(9, 19)
+        run.go(19, 40)
+        return run.finished()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = three.run(train)
+    assert_replicas_agree(results)
+    if len(which) == 3:
+        resumed = three.run(lambda rank: resumed_alone(three, rank))
+        assert_same_bits(results, resumed)
+
+
+def resumed_alone(three, rank):
+    run = Trained(three.transports[rank], LBGM(TopK(0.2)), delay=3)
+    run.go(0, 40)
+    return run.finished()
+
+
+@pytest.mark.parametrize(("compressor", "options"), RESUMED, ids=repr)
+@pytest.mark.parametrize("which", ["other steps", "one rank", "rank 0's", "a rank less"])
+def test_states_that_do_not_fit_leave_one_common_model(three, compressor, options, which):
+    saved_at = [8, 14, 20]
+
+    def train(rank):
+        run, states = Trained(three.transports[rank], compressor, **options), []
+        for start, end in zip([0, *saved_at], [*saved_at, 22], strict=True):
+            run.go(start, end)
+            states.append(run.state())
+        return states
+
+    states = three.run(train)
+
+    def resume(rank):
+        run = Trained(three.transports[rank], compressor, **options)
+        state = {
+            "other steps": states[rank][rank],
+            "one rank": states[1][1] if rank == 1 else None,
+            "rank 0's": states[0][2],
+            "a rank less": states[rank][2] if rank < 2 else None,
+        }[which]
+        if state is not None:
+            run.load(state)
+        run.go(22, 23)
+        if which == "rank 0's" and rank > 0:
+            # It has taken neither the model nor the residual of rank 0.
+            assert_same_bits(parameters(run.model), run.common())
+            assert residuals(run.training._averager.state_dict()) == {}
+        run.go(23, 50)
+        return run.finished()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = three.run(resume)
+    messages = {re.sub(r"^the ranks do not hold.*", "", str(w.message)) for w in caught} - {""}
+    if which == "rank 0's":
+        assert len(messages) == 2
+        assert all("is that of rank 0 of 3, and this is rank" in message for message in messages)
+    else:
+        [message] = messages
+        assert "have other common models than rank" in message
+        assert len([w for w in caught if str(w.message) == message]) == 3
+    assert_replicas_agree(results)

@@ -542,5 +542,8 @@ class LocalTraining(Rounds):
                 {name: of.to(self._device) for name, of in saved[key].items()}
                 for key in ("base", "averages", "missing")
             )
+            if foreign:
+                # They belong to the model of the other rank.
+                base, missing = {}, {}
             self._pending, self._due = Pending(base, Future()), saved["due"]
             self._pending.result.set_result((averages, missing) if averages else None)
