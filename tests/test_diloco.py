@@ -484,3 +484,330 @@ def test_states_that_do_not_fit_leave_one_common_model(three, compressor, option
         assert "have other common models than rank" in message
         assert len([w for w in caught if str(w.message) == message]) == 3
     assert_replicas_agree(results)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def die(rank, delay):
+    model = Small()
+    optimizer = adamw(model)
+    with DiLoCo(model, optimizer, TopK(0.1), EVERY, delay=delay):
+        for step in range(20):
+            inner_step(model, optimizer, rank, step)
+            if rank == 1 and step == 9:
+                os._exit(1)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("delay", [0, 3])
+def test_when_a_rank_dies_the_others_fail_within_the_time_out(delay):
+    first, second, third = run_ranks(die, 3, delay, failures=True, timeout=40, group_timeout=10)
+    assert second is None
+    for failed in (first, third):
+        assert isinstance(failed, Failed)
+        assert failed.kind == "RuntimeError"
+        assert re.search("closed by peer|reset by peer|[Tt]imed out", failed.message)
+
+
+def leave(rank):
+    model = Small()
+    optimizer = adamw(model)
+    with DiLoCo(model, optimizer, TopK(0.1), EVERY):
+        for step in range(20):
+            inner_step(model, optimizer, rank, step)
+            if rank == 1 and step == 9:
+                raise ArithmeticError("the loss is too large")
+
+
+@pytest.mark.timeout(120)
+def test_an_error_within_the_block_is_not_held_up_by_the_other_ranks():
+    first, second = run_ranks(leave, 2, failures=True, timeout=40, group_timeout=10)
+    assert (second.kind, second.message) == ("ArithmeticError", "the loss is too large")
+    assert first.kind == "RuntimeError"
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_error_of_one_rank_reaches_it_and_the_others(three, delay):
+    errors = [None] * 3
+
+    def encode(*arguments, **options):
+        raise ArithmeticError("this cannot be encoded")
+
+    def train(rank):
+        run = Trained(three.transports[rank], Identity(), delay=delay)
+        run.go(0, 10)
+        if rank == 1:
+            run.training._averager.sender.encode = encode
+        for _ in range(2):
+            try:
+                run.go(10, 20)
+            except Exception as error:
+                errors[rank] = [*(errors[rank] or []), f"{type(error).__name__}: {error}"]
+
+    three.run(train)
+    assert [found[0] for found in errors] == [
+        "RuntimeError: rank 1 failed before it could send: see the error there",
+        "ArithmeticError: this cannot be encoded",
+        "RuntimeError: rank 1 failed before it could send: see the error there",
+    ]
+    assert all("load a checkpoint" in found[1] for found in errors)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_ranks_that_disagree_about_an_exchange_end_with_one_common_model(three, delay, residual):
+    """`accept` raises an error on rank 0, which goes on, or says another thing than elsewhere."""
+
+    def train(rank):
+        calls = []
+
+        def accept(averages):
+            calls.append(averages)
+            if rank == 0 and len(calls) == 2:
+                raise ArithmeticError("not to be judged")
+            return rank != 2 or len(calls) != 4
+
+        run = Trained(
+            three.transports[rank], TopK(0.2), delay=delay, residual=residual, accept=accept
+        )
+        errors = 0
+        for step in range(45):
+            try:
+                run.go(step, step + 1)
+            except ArithmeticError:
+                errors += 1
+        return run.finished(), errors
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = three.run(train)
+    assert [errors for _, errors in results] == [1, 0, 0]
+    assert_replicas_agree([final for final, _ in results])
+    messages = {str(warning.message)[:60] for warning in caught}
+    assert messages == {
+        "ranks [0] have other common models than rank 1, as after loa",
+        "ranks [2] have other common models than rank 0, as after loa",
+    }
+
+
+# --- models and loops as people write them --------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Tied weights, BatchNorm, a scalar, an empty parameter, integers and a causal mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(32, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.second = nn.Linear(8, 32, bias=False)
+        self.second.weight = nn.Parameter(self.first.weight.detach().t().clone())
+        self.third = nn.Linear(8, 32, bias=False)
+        self.third.weight = self.second.weight
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.nothing = nn.Parameter(torch.zeros(3, 0))
+        self.table = nn.Parameter(torch.arange(4), requires_grad=False)
+        self.register_buffer("mask", torch.full((3,), float("-inf")))
+        self.register_buffer("constant", torch.tensor([0.1, 1 / 3, 1e-30]))
+        self.register_buffer("empty", torch.zeros(0))
+
+    def forward(self, x):
+        hidden = self.norm(self.first(x)).relu()
+        return (self.second(hidden) + self.third(hidden)) * self.scale
+
+
+def odd_models(rank):
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for compressor, options in [(TopK(0.3), {}), (LBGM(), {"fragments": 3, "delay": 1})]:
+            torch.manual_seed(10 + rank)
+            model = Odd().to(dtype)
+            with torch.no_grad():
+                model.table += rank
+            optimizer = adamw(model)
+            with DiLoCo(model, optimizer, compressor, EVERY, **options) as diloco:
+                begun = copy.deepcopy(model.state_dict())
+                for step in range(14):
+                    x, y = data(rank, step, dtype)
+                    model.first.weight.requires_grad_(not 4 <= step < 9)
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(model(x).float(), y).backward()
+                    grads = {
+                        n: None if p.grad is None else p.grad.clone()
+                        for n, p in model.named_parameters()
+                    }
+                    optimizer.step()
+                    after = {n: p.grad for n, p in model.named_parameters()}
+                    assert_same_bits(after, grads, "an exchange leaves gradients alone")
+                own = model.norm.running_mean.clone()
+                with diloco.common_model():
+                    common = parameters(model)
+            results.append((begun, common, copy.deepcopy(model.state_dict()), own))
+    return results
+
+
+@pytest.mark.timeout(120)
+def test_odd_models_begin_and_end_alike():
+    results = run_ranks(odd_models, 2)
+    for (begun, common, final, own), (begun2, common2, final2, own2) in zip(*results, strict=True):
+        assert_same_bits([begun2, common2, final2], [begun, common, final])
+        assert begun["table"].tolist() == final["table"].tolist() == [0, 1, 2, 3]
+        assert_same_bits(final["mask"], begun["mask"])
+        assert_same_bits(final["constant"], begun["constant"])
+        assert not torch.equal(own, own2)
+        mean = (own.double() + own2.double()) / 2
+        assert_same_bits(final["norm.running_mean"], mean.to(own.dtype))
+        assert final["norm.num_batches_tracked"] == 14
+
+
+def frozen_layer(rank, transport):
+    """Train a layer, freeze it, and unfreeze it; return it before and after it was frozen."""
+    model = Small()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2, generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = LocalTraining(model, optimizer, Identity(), transport, sync_every=3)
+    layer, found = model.layers[0], []
+    for start, frozen in ((0, False), (6, True), (12, False), (18, None)):
+        found.append(layer.weight.detach().clone())
+        if frozen is None:
+            break
+        layer.requires_grad_(not frozen)
+        for step in range(start, start + 6):
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(model, rank, step).backward()
+            optimizer.step()
+            training.step()
+    return found
+
+
+def test_nothing_is_written_to_a_frozen_layer(three):
+    """The momentum of the outer optimizer does not go on in it."""
+    results = three.run(lambda rank: frozen_layer(rank, three.transports[rank]))
+    assert_replicas_agree(results)
+    start, trained, frozen, unfrozen = results[0]
+    assert_same_bits(trained, frozen)
+    assert not torch.equal(start, trained)
+    assert not torch.equal(frozen, unfrozen)
+
+
+def loop_with_everything(rank):
+    """An outer optimizer that was used before, schedulers, accumulation, a skipping scaler."""
+    torch.manual_seed(0)
+    model = Small()
+    outer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(3 * rank):
+        inner_step(model, outer, rank, step)
+    outer_schedule = torch.optim.lr_scheduler.StepLR(outer, 2, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    commons = {}
+    with DiLoCo(model, optimizer, TopK(0.3), 5, outer) as diloco:
+        for step in range(40):
+            optimizer.zero_grad()
+            for part in range(2):
+                loss = loss_of(model, rank, 2 * step + part)
+                if rank == 1 and step % 9 == 7:
+                    loss = loss * float("inf")
+                scaler.scale(loss / 2).backward()
+            before = diloco.exchanges
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            if diloco.exchanges > before:
+                outer_schedule.step()
+                with diloco.common_model():
+                    commons[diloco.exchanges] = parameters(model)
+    return commons, parameters(model), diloco.local_step, diloco.exchanges
+
+
+@pytest.mark.timeout(120)
+def test_schedulers_accumulation_and_skipped_steps():
+    (commons, final, steps, exchanges), (commons2, final2, steps2, exchanges2) = run_ranks(
+        loop_with_everything, 2
+    )
+    assert_same_bits(final2, final)
+    for number in commons.keys() & commons2.keys():
+        assert_same_bits(commons[number], commons2[number])
+    assert len(commons.keys() & commons2.keys()) >= 6
+    assert steps == 40
+    assert exchanges == exchanges2 == 8
+    assert steps2 == 36
+
+
+DIFFERENT = {
+    "sync_every": (
+        {"sync_every": 4},
+        {"sync_every": 5},
+        "sync_every 4 where rank 1 has sync_every 5",
+    ),
+    "compressor": (
+        {"compressor": TopK(0.1)},
+        {"compressor": TopK(0.2)},
+        "rank 0 has compressor TopK(0.1) where rank 1 has compressor TopK(0.2)",
+    ),
+    "residual": ({"residual": "model"}, {"residual": "memory"}, "compressor Identity() where rank"),
+    "final": ({"final": TopK(0.5)}, {}, "final TopK(0.5) where rank 1 has final Identity()"),
+    "delay": ({"delay": 1}, {}, "delay 1 where rank 1 has delay 0"),
+    "fragments": ({"fragments": 2}, {}, "fragments 2 where rank 1 has fragments 1"),
+    "outer optimizer": ({"lr": 0.7}, {"lr": 0.5}, "'lr': 0.7"),
+    "model": ({"model": Small}, {"model": Net}, "where rank 1 has parameter 'layers.0.weight' of"),
+    "buffers": ({"model": Odd}, {"model": lambda: other_buffer()}, "buffer 'mask' of shape (3,)"),
+}
+
+
+def other_buffer():
+    model = Odd()
+    model.mask = torch.zeros(7)
+    return model
+
+
+def different(rank):
+    found = {}
+    for name, (first, second, _) in DIFFERENT.items():
+        options = dict((first, second)[rank])
+        model = options.pop("model", Small)()
+        outer = torch.optim.SGD(model.parameters(), lr=options.pop("lr", 0.7))
+        compressor = options.pop("compressor", Identity())
+        try:
+            DiLoCo(model, adamw(model), compressor, outer_optimizer=outer, **options)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_different_options_are_told_on_every_rank():
+    for found in run_ranks(different, 2):
+        for name, (_, _, message) in DIFFERENT.items():
+            assert message in found.get(name, "no error"), name
+
+
+def counted(rank):
+    model = Small()
+    optimizer = adamw(model)
+    size = sum(p.numel() for p in model.parameters())
+    with DiLoCo(model, optimizer, TopK(0.1), EVERY, final=TopK(1.0, "int4")) as diloco:
+        for step in range(3 * EVERY):
+            inner_step(model, optimizer, rank, step)
+        before = diloco.stats()
+    stats = diloco.stats()
+    # A closed one counts no more steps.
+    inner_step(model, optimizer, rank, 0)
+    assert diloco.stats() == stats
+    return size, before, stats
+
+
+def test_all_exchanges_are_counted_the_last_one_too():
+    for size, before, stats in run_ranks(counted, 2):
+        assert before["exchanges"] == stats["exchanges"] == 3
+        assert before["local_steps"] == stats["local_steps"] == 3 * EVERY
+        assert before["dense_bytes"] == 3 * 4 * size
+        assert stats["dense_bytes"] == 4 * 4 * size
+        # Four bits a parameter, and scales.
+        assert size / 2 < stats["message_bytes"] - before["message_bytes"] < size
+        assert stats["ratio"] == stats["message_bytes"] / stats["dense_bytes"]
+        assert stats["bits_per_step"] == 8 * stats["message_bytes"] / size / (3 * EVERY)

@@ -18,7 +18,8 @@ from lbgm_compress.collective.transport import Transport
 __all__ = ["FORMAT", "Follower", "Node", "News"]
 
 FORMAT = 1
-FAILED = struct.pack("<?qqq?", True, 0, 0, 0, False)
+HEAD = "<?qqqq?"
+FAILED = struct.pack(HEAD, True, 0, 0, 0, 0, False)
 UNCHANGED, CHANGED, FORGOTTEN = range(3)
 
 
@@ -28,7 +29,7 @@ class News:
 
     Attributes
     ----------
-    local_step, exchanges, due, starts_over
+    local_step, exchanges, clock, due, starts_over
         As in `Rounds`.
     changed, forgotten
         Names of parameters with new values, and of those whose inner optimizer's state is dropped.
@@ -36,6 +37,7 @@ class News:
 
     local_step: int
     exchanges: int
+    clock: int
     due: int | None
     starts_over: bool
     changed: Collection[str] = ()
@@ -69,7 +71,15 @@ class Node:
     def tell(self, news: News) -> None:
         """Give followers, which call `hear`, the leader's counters and changed parameters."""
         due = -1 if news.due is None else news.due
-        head = struct.pack("<?qqq?", False, news.local_step, news.exchanges, due, news.starts_over)
+        head = struct.pack(
+            HEAD,
+            False,
+            news.local_step,
+            news.exchanges,
+            news.clock,
+            due,
+            news.starts_over,
+        )
         marks = bytes(
             FORGOTTEN if n in news.forgotten else CHANGED if n in news.changed else UNCHANGED
             for n in self._parameters
@@ -91,8 +101,8 @@ class Node:
             If the leader failed, or cannot be reached.
         """
         data = self._share(bytes(len(FAILED) + len(self._parameters)))
-        failed, local_step, exchanges, due, starts_over = struct.unpack(
-            "<?qqq?", data[: len(FAILED)]
+        failed, local_step, exchanges, clock, due, starts_over = struct.unpack(
+            HEAD, data[: len(FAILED)]
         )
         if failed:
             raise RuntimeError(
@@ -105,7 +115,15 @@ class Node:
         forgotten = [n for n, mark in zip(self._parameters, marks, strict=True) if mark > CHANGED]
         for name in forgotten:
             self._inner.state.pop(self._parameters[name], None)
-        return News(local_step, exchanges, None if due < 0 else due, starts_over, names, forgotten)
+        return News(
+            local_step,
+            exchanges,
+            clock,
+            None if due < 0 else due,
+            starts_over,
+            names,
+            forgotten,
+        )
 
     def share_all(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors of the followers with those of the leader; all call it together."""
@@ -137,7 +155,7 @@ class Follower(Rounds):
     def _hear(self) -> None:
         news = self._node.hear()
         self.local_step, self.exchanges = news.local_step, news.exchanges
-        self._due, self._starts_over = news.due, news.starts_over
+        self._clock, self._due, self._starts_over = news.clock, news.due, news.starts_over
 
     @torch.no_grad()
     def _apply(self) -> None:

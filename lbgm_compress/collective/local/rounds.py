@@ -31,8 +31,10 @@ class Rounds(abc.ABC):
         self.sync_every = sync_every
         self.delay = delay
         self.local_step = self.exchanges = 0
+        # As `local_step`, but follows the ranks that are further.
+        self._clock = 0
         self._fragment_count = fragments
-        # The local step after which the exchange under way is applied; None if there is none.
+        # The time at which the exchange under way is applied; None if there is none.
         self._due: int | None = None
         # Whether the next step puts the parameters back to the common model.
         self._starts_over = False
@@ -46,26 +48,27 @@ class Rounds(abc.ABC):
             If another rank failed or cannot be reached.
         """
         self.local_step += 1
+        self._clock += 1
         if self._starts_over:
             self._start_over()
-        if self._due is not None and self.local_step >= self._due:
+        if self._due is not None and self._clock >= self._due:
             self._apply()
-        if self.local_step >= self._step_of(self.exchanges + 1):
+        if self._clock >= self._time_of(self.exchanges + 1):
             if self._due is not None:
                 self._apply()
             self._begin()
             if not self.delay:
                 self._apply()
 
-    def _step_of(self, exchange: int) -> int:
-        """Return the local step after which an exchange begins, which are counted from 1."""
+    def _time_of(self, exchange: int) -> int:
+        """Return the time at which an exchange begins, which are counted from 1."""
         rounds, part = divmod(exchange, self._fragment_count)
         return rounds * self.sync_every + part * self.sync_every // self._fragment_count
 
     def _begin(self) -> None:
         """Begin the next exchange."""
         self.exchanges += 1
-        self._due = self.local_step + self.delay
+        self._due = self._clock + self.delay
 
     @abc.abstractmethod
     def _apply(self) -> None:

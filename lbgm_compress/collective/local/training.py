@@ -14,7 +14,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from lbgm_compress.collective.local.options import (
     divided,
     parameters_of,
 )
+from lbgm_compress.collective.local.pending import Exchanged, Pending, check_state
 from lbgm_compress.collective.local.rounds import Rounds
 from lbgm_compress.collective.transport import Transport
 from lbgm_compress.compressor import Compressor
@@ -39,20 +39,7 @@ from lbgm_compress.compressors.identity import Identity
 
 __all__ = ["LocalTraining"]
 
-STATE_KEYS = {"format", "averager", "common", "outer", "local_step", "exchanges", "pending"}
-Exchanged = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""The averages, and what this rank's message left out."""
 Accept = Callable[[dict[str, Tensor]], bool]
-
-
-@dataclass
-class Pending:
-    """A fragment's exchange that is under way, or over and not applied yet."""
-
-    base: dict[str, Tensor]
-    """What the worker's parameters are compared with when it is applied; empty without delay."""
-    result: Future[Exchanged | None]
-    """None if nothing was exchanged."""
 
 
 class LocalTraining(Rounds):
@@ -279,9 +266,9 @@ class LocalTraining(Rounds):
     def _catch_up(self, replaced: bool = False) -> None:
         """Follow the ranks that are further, after a comparison that has found them."""
         # The steps since the last exchange stay.
-        since = self.local_step - self._step_of(self.exchanges)
+        since = self._clock - self._time_of(self.exchanges)
         self.exchanges = self._averager.position
-        self.local_step = self._step_of(self.exchanges) + since
+        self._clock = self._time_of(self.exchanges) + since
         if self._common.install() or replaced:
             self._return_to_common(list(self._parameters))
 
@@ -359,6 +346,7 @@ class LocalTraining(Rounds):
                 News(
                     self.local_step,
                     self.exchanges,
+                    self._clock,
                     self._due,
                     self._starts_over,
                     self._changed,
@@ -467,15 +455,8 @@ class LocalTraining(Rounds):
         exchange under way is waited for, and is applied when it is due.
         """
         pending = None
-        if self._pending is not None:
-            result = self._wait()
-            averages, missing = ({}, {}) if result is None else result
-            pending = {
-                "due": self._due,
-                "base": dict(self._pending.base),
-                "averages": averages,
-                "missing": missing,
-            }
+        if self._pending is not None and self._due is not None:
+            pending = self._pending.state_dict(self._due)
         return {
             "format": FORMAT,
             "averager": self._averager.state_dict(),
@@ -483,6 +464,7 @@ class LocalTraining(Rounds):
             "outer": self._common.optimizer.state_dict(),
             "local_step": self.local_step,
             "exchanges": self.exchanges,
+            "clock": self._clock,
             "pending": pending,
         }
 
@@ -504,20 +486,7 @@ class LocalTraining(Rounds):
 
     @torch.no_grad()
     def _load(self, state: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        if isinstance(state, Mapping) and "exchanges" in state and "averager" not in state:
-            raise ValueError(
-                "this is the state of a rank that does not exchange: load the one that the first "
-                "rank of a node has saved"
-            )
-        if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
-            raise ValueError(f"this is not a state that {name}.state_dict() returned")
-        if state["format"] != FORMAT:
-            raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
-        shapes = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in self._common.tensors.items()}
-        if shapes != expected:
-            raise ValueError("the state is that of another model: names or shapes differ")
+        check_state(state, self._common.tensors, type(self).__name__)
         with contextlib.suppress(Exception):
             # What it raises was raised before, or is of no importance any more.
             self._wait()
@@ -534,16 +503,10 @@ class LocalTraining(Rounds):
             self._common.tensors[name].copy_(tensor)
         self._common.forget_fetched()
         self.local_step, self.exchanges = state["local_step"], state["exchanges"]
+        self._clock = state["clock"]
         self._averager.position = self.exchanges
         self._pending, self._due, self._starts_over = None, None, foreign
         saved = state["pending"]
         if saved is not None:
-            base, averages, missing = (
-                {name: of.to(self._device) for name, of in saved[key].items()}
-                for key in ("base", "averages", "missing")
-            )
-            if foreign:
-                # They belong to the model of the other rank.
-                base, missing = {}, {}
-            self._pending, self._due = Pending(base, Future()), saved["due"]
-            self._pending.result.set_result((averages, missing) if averages else None)
+            self._pending = Pending.loaded(saved, self._device, own=not foreign)
+            self._due = saved["due"]
