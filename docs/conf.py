@@ -14,8 +14,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
-# Without Flower, which needs Python 3.11, the reference leaves its adapter out.
-if importlib.util.find_spec("flwr") is None:
+# Where Flower or torchft cannot be installed, the reference leaves their adapters out.
+if any(importlib.util.find_spec(name) is None for name in ("flwr", "torchft")):
     suppress_warnings = ["autodoc.import_object"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
