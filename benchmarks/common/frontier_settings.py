@@ -80,6 +80,8 @@ class Setting:
     batch_size: int | None = None
     lr: float = 0.05
     server_momentum: float = 0.0
+    adamw_lr: float | None = None
+    """Learning rate of AdamW inside, or None for SGD."""
     data_parallel: bool = False
     """If training can run on DDP, and so with its baselines."""
 
@@ -122,13 +124,14 @@ SETTINGS = {
         **PARALLEL,
     ),
     "text": Setting(
-        "a transformer on Shakespeare's plays, one a worker, 10 local steps of 10 x 32 characters, "
-        "server momentum 0.9",
-        {"transformer": 40},
+        "a transformer on Shakespeare's plays, one a worker, 10 local steps of AdamW with 10 x 32 "
+        "characters, outer Nesterov 0.7 / 0.9",
+        {"transformer": 100},
         local_steps=10,
         batch_size=10,
-        lr=0.5,
+        lr=0.7,
         server_momentum=0.9,
+        adamw_lr=2e-3,
     ),
 }
 
@@ -192,6 +195,7 @@ def training_of(what: Run, data_dir: str | None, text_dir: str | None, short: bo
         participation=1.0,
         lr=setting.lr,
         server_momentum=setting.server_momentum,
+        adamw_lr=setting.adamw_lr,
         seed=what.seed,
         device=torch.device("cpu"),
         evaluate_every=max(1, rounds // EVALUATIONS),

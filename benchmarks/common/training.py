@@ -2,7 +2,9 @@
 
 In a round, the sampled workers start from the global model w, take tau steps of SGD on their own
 images and send the sum of the tau gradients, g. The server averages the decoded g, weighted by the
-workers' numbers of images, and steps: v <- momentum * v + mean, w <- w - lr * v.
+workers' numbers of images, and steps: v <- momentum * v + mean, w <- w - lr * v. With AdamW inside,
+g is the difference of the weights, and the server's momentum is Nesterov's (DiLoCo, arXiv
+2311.08105).
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ class Training:
     """Rounds from one evaluation to the next; rounds between repeat its accuracy."""
     open_loop: bool = False
     """If the server steps with the updates as they were before compression."""
+    adamw_lr: float | None = None
+    """If given, workers step by AdamW with this learning rate, and keep its moments."""
 
     def evaluated(self, number: int) -> bool:
         """Return True if the model is evaluated after this round."""
@@ -169,7 +173,10 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
         steps = mean if training.open_loop else receiver.finish(mean)
         for name, step in steps.items():
             velocity[name].mul_(training.server_momentum).add_(step)
-            weights[name] = weights[name] - training.lr * velocity[name]
+            move = velocity[name]
+            if training.adamw_lr is not None:
+                move = step + training.server_momentum * move
+            weights[name] = weights[name] - training.lr * move
         if training.evaluated(number):
             accuracy, loss = evaluate(model, weights, *test)
         seconds = time.perf_counter() - start
@@ -215,6 +222,9 @@ def local_updates(
         in_dims = (None if shared else 0, 0, 0, 0)
         return vmap(gradient, in_dims=in_dims, chunk_size=chunk)(weights, images, labels, shares)
 
+    if training.adamw_lr is not None:
+        return _adamw_updates(step, training, workers)
+
     def updates(weights: Parameters, sampled: list[int]) -> Parameters:
         total = step(weights, workers.next_batch(sampled), shared=True)
         if training.local_steps > 1:
@@ -225,6 +235,38 @@ def local_updates(
                     total[name] += g
                     local[name] -= training.lr * g
         return total
+
+    return updates
+
+
+def _adamw_updates(
+    gradients: Callable[..., Parameters], training: Training, workers: Workers
+) -> Callable[[Parameters, list[int]], Parameters]:
+    """Return what `local_updates` does, for AdamW with its defaults beside the learning rate."""
+    moments: list[torch.optim.AdamW | None] = [None] * len(workers.sizes)
+    local: list[Parameters] = [{} for _ in workers.sizes]
+
+    def updates(weights: Parameters, sampled: list[int]) -> Parameters:
+        for worker in sampled:
+            if moments[worker] is None:
+                local[worker] = {name: w.clone() for name, w in weights.items()}
+                moments[worker] = torch.optim.AdamW(
+                    local[worker].values(), lr=training.adamw_lr or 0.0, fused=True
+                )
+            for name, own in local[worker].items():
+                own.copy_(weights[name])
+        for _ in range(training.local_steps):
+            stacked = {n: torch.stack([local[worker][n] for worker in sampled]) for n in weights}
+            grads = gradients(stacked, workers.next_batch(sampled), shared=False)
+            for i, worker in enumerate(sampled):
+                for name, own in local[worker].items():
+                    own.grad = grads[name][i]
+                optimizer = moments[worker]
+                assert optimizer is not None
+                optimizer.step()
+        return {
+            n: torch.stack([weights[n] - local[worker][n] for worker in sampled]) for n in weights
+        }
 
     return updates
 
