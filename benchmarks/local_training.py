@@ -6,6 +6,7 @@ done again, so that an interrupted command can be continued.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 if __name__ == "__main__" and __spec__ is None:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 from rich.table import Table
 
 from benchmarks.common.command_line import (
@@ -22,6 +24,7 @@ from benchmarks.common.command_line import (
     Parser,
     check_folder,
     listed,
+    number_in,
     positive,
     start,
 )
@@ -39,6 +42,8 @@ RATES = (10, 100, 1000)  # Mbit/s
 class Run(NamedTuple):
     """One run: the unit that is kept, and not done again."""
 
+    model: str
+    """Its blocks and width, such as 3x128."""
     workers: int
     partition: str
     rounds: int
@@ -50,6 +55,7 @@ class Run(NamedTuple):
 class Row(NamedTuple):
     """A row of local_training.csv. The last of a run is its result."""
 
+    model: str
     workers: int
     partition: str
     rounds: int
@@ -71,7 +77,7 @@ class Row(NamedTuple):
     @property
     def run(self) -> Run:
         """The run that it belongs to."""
-        return Run(*self[:6])
+        return Run(*self[:7])
 
 
 Runs = dict[Run, list[Row]]
@@ -100,7 +106,7 @@ def write_runs(file: Path, runs: Runs) -> None:
 
     def order(run: Run) -> tuple[Any, ...]:
         known = names.index(run.method) if run.method in names else len(names)
-        return (*run[:4], known, run.method, run.seed)
+        return (*run[:5], known, run.method, run.seed)
 
     write_csv(file, Row._fields, [row for run in sorted(runs, key=order) for row in runs[run]])
 
@@ -121,11 +127,11 @@ class Summary(NamedTuple):
     """Bytes that one worker sends in the average round."""
 
 
-def summaries(runs: Runs, workers: int, partition: str) -> list[Summary]:
+def summaries(runs: Runs, model: str, workers: int, partition: str) -> list[Summary]:
     """Summarise a setting's runs, a method a row."""
     by_method: dict[str, dict[tuple[int, ...], Row]] = {}
     for run, rows in runs.items():
-        if (run.workers, run.partition) == (workers, partition):
+        if run[:3] == (model, workers, partition):
             key = run.rounds, run.sync_every, run.seed
             by_method.setdefault(run.method, {})[key] = rows[-1]
     dense = by_method.get(DENSE, {})
@@ -154,7 +160,7 @@ def seconds(summary: Summary, workers: int, rate: int) -> float:
     return times * summary.exchange_bytes * 8 / (rate * 1e6)
 
 
-def table_of(rows: Sequence[Summary], workers: int, partition: str) -> Table:
+def table_of(rows: Sequence[Summary], model: str, workers: int, partition: str) -> Table:
     """Return a table of a setting's rows."""
     headings = ["method", "seeds", "loss", "above dense", "of dense", "bits a parameter and step"]
     headings += [f"s a round, {rate} Mbit/s" for rate in RATES]
@@ -170,13 +176,13 @@ def table_of(rows: Sequence[Summary], workers: int, partition: str) -> Table:
         )
         for row in rows
     ]
-    title = f"{workers} workers, {partition}"
+    title = f"{model}, {workers} workers, {partition}"
     return make_table(title, headings, cells, whole="method")
 
 
 def draw(file: Path, runs: Runs) -> None:
     """Draw loss against bytes, a panel for each setting."""
-    settings = sorted({(run.workers, run.partition) for run in runs})
+    settings = sorted({run[:3] for run in runs})
     if not settings:
         return
     figure, [panels] = subplots(1, len(settings), (1.5 + 4.5 * len(settings), 5.2))
@@ -185,8 +191,8 @@ def draw(file: Path, runs: Runs) -> None:
 
     colours = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
     used = {}
-    for axes, (workers, partition) in zip(panels, settings, strict=True):
-        for row in summaries(runs, workers, partition):
+    for axes, (model, workers, partition) in zip(panels, settings, strict=True):
+        for row in summaries(runs, model, workers, partition):
             position = list(METHODS).index(row.method)
             marker = "*" if "in model" in row.method else "o"
             size = 11 if marker == "*" else 6
@@ -200,7 +206,7 @@ def draw(file: Path, runs: Runs) -> None:
                 label=row.method,
             )
         axes.set_xscale("log")
-        axes.set_title(f"{workers} workers, {partition}", fontsize=9)
+        axes.set_title(f"{model}, {workers} workers, {partition}", fontsize=9)
         axes.set_xlabel("bytes sent, share of DiLoCo in float32 (log scale)")
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: f"1/{1 / x:g}" if x < 1 else f"{x:g}")
@@ -233,6 +239,14 @@ def build_parser() -> Parser:
         help="exchanges (default: 100)")  # fmt: skip
     add("--sync-every", type=positive, default=30, metavar="H",
         help="inner steps from one exchange to the next (default: 30)")  # fmt: skip
+    add("--blocks", type=positive, default=3, metavar="N",
+        help="blocks of the transformer (default: 3)")  # fmt: skip
+    add("--width", type=positive, default=128, metavar="N",
+        help="width of the transformer, a multiple of 4 (default: 128)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="where workers compute; on cuda all share one card (default: cpu)")  # fmt: skip
+    add("--minutes", type=number_in(0, math.inf, open_low=True), default=math.inf, metavar="N",
+        help="end each run after its share of so much time (default: no limit)")  # fmt: skip
     add("--out", type=Path, default=Path("local-training-results"), metavar="DIR",
         help="folder for the results (default: local-training-results)")  # fmt: skip
     return parser
@@ -252,8 +266,20 @@ def wanted(options: Any) -> list[Run]:
                 raise ValueError(f"--{option}: {name!r} is none of {', '.join(known)}")
     if not all(0 <= seed < 2**31 for seed in options.seeds):
         raise ValueError("--seeds are from 0 to 2147483647")
+    if options.width % 4:
+        raise ValueError(f"--width {options.width} is not a multiple of 4, the number of heads")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device, use --device cpu")
     return [
-        Run(workers, partition, options.rounds, options.sync_every, method, seed)
+        Run(
+            f"{options.blocks}x{options.width}",
+            workers,
+            partition,
+            options.rounds,
+            options.sync_every,
+            method,
+            seed,
+        )
         for seed in options.seeds
         for workers in options.workers
         for partition in options.partitions
@@ -261,9 +287,13 @@ def wanted(options: Any) -> list[Run]:
     ]
 
 
-def perform_run(run: Run, text_dir: str) -> list[Row]:
+def perform_run(run: Run, options: Any, seconds: float) -> list[Row]:
     """Do one run, and return its rows."""
-    setting = Setting(text_dir, run.workers, run.partition, run.rounds, run.sync_every, run.seed)
+    setting = Setting(
+        options.text_dir,
+        *(run.workers, run.partition, run.rounds, run.sync_every, run.seed),
+        *(options.width, options.blocks, options.device, seconds),
+    )
     found = perform(setting, METHODS[run.method])
     last = len(found) - 1
     return [Row(*run, *evaluation, final=i == last) for i, evaluation in enumerate(found)]
@@ -286,7 +316,7 @@ def main(arguments: list[str]) -> int:
     interrupted = False
     try:
         for position, run in enumerate(missing, start=1):
-            runs[run] = perform_run(run, options.text_dir)
+            runs[run] = perform_run(run, options, 60 * options.minutes / len(missing))
             write_runs(file, runs)
             last = runs[run][-1]
             printer.print(
@@ -297,8 +327,9 @@ def main(arguments: list[str]) -> int:
             )
     except KeyboardInterrupt:
         interrupted = True
-    for workers, partition in sorted({(run.workers, run.partition) for run in runs}):
-        printer.print(table_of(summaries(runs, workers, partition), workers, partition))
+    for model, workers, partition in sorted({run[:3] for run in runs}):
+        rows = summaries(runs, model, workers, partition)
+        printer.print(table_of(rows, model, workers, partition))
     draw(options.out / "local-training.png", runs)
     printer.print(f"Results are in {options.out}.", soft_wrap=True)
     return INTERRUPTED if interrupted else 0

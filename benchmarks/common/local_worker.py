@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import math
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +44,11 @@ class Setting:
     rounds: int
     sync_every: int
     seed: int
-    device: str = "cpu"
     width: int = 128
     blocks: int = 3
+    device: str = "cpu"
+    seconds: float = math.inf
+    """Training ends with the round that is under way after so long."""
 
 
 class Evaluation(NamedTuple):
@@ -99,6 +103,9 @@ def _main(rank: int, folder: str, setting: Setting, method: Method, results: Any
         world_size=setting.workers,
         timeout=TIMEOUT,
     )
+    if setting.device == "cuda":
+        # All workers share one card, and exchange through the memory of the host.
+        torch.cuda.set_device(0)
     text = read_text(setting.text_dir, setting.workers, setting.partition, setting.seed)
     found = list(Worker(rank, setting, method, text).train())
     if rank == 0:
@@ -119,6 +126,7 @@ class Worker:
         self.size = sum(p.numel() for p in self.model.parameters())
         self.generator = torch.Generator().manual_seed(1_000_003 * setting.seed + rank)
         self.optimizers = self._optimizers()
+        self.begin = time.monotonic()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the inner optimizers; the last is stepped last."""
@@ -166,6 +174,7 @@ class Worker:
             nesterov=method.outer_momentum > 0,
         )
         steps = setting.rounds * setting.sync_every
+        number = 0
         diloco = DiLoCo(
             self.model,
             self.optimizers[-1],
@@ -175,7 +184,7 @@ class Worker:
             residual=method.residual,
             final=method.final,
         )
-        for number in range(1, setting.rounds + 1):
+        for number in self._numbers():
             for _ in range(setting.sync_every):
                 self._step()
             if self._evaluated(number):
@@ -188,9 +197,9 @@ class Worker:
         loss = self._loss(self.model)
         if method.residual == "memory":
             # The common model is the result: nothing is left to exchange.
-            yield self._evaluation(setting.rounds, loss, loss, self._sent_before)
+            yield self._evaluation(number, loss, loss, self._sent_before)
         else:
-            yield self._evaluation(setting.rounds, loss, loss, diloco.stats()["message_bytes"])
+            yield self._evaluation(number, loss, loss, diloco.stats()["message_bytes"])
 
     def _power_sgd(self) -> Iterator[Evaluation]:
         """Train by DiLoCo with PowerSGD and error feedback."""
@@ -202,7 +211,7 @@ class Worker:
         )
         state: dict[Any, Tensor] = {}
         sent = 0
-        for number in range(1, setting.rounds + 1):
+        for number in self._numbers():
             for _ in range(setting.sync_every):
                 self._step()
             with torch.no_grad():
@@ -217,7 +226,7 @@ class Worker:
             if self._evaluated(number):
                 loss = self._loss(self.model)
                 yield self._evaluation(number, loss, loss, sent)
-        yield self._evaluation(setting.rounds, loss, loss, sent)
+        yield self._evaluation(number, loss, loss, sent)
 
     def _every_step(self) -> Iterator[Evaluation]:
         """Train with gradients that are averaged in every step."""
@@ -230,14 +239,24 @@ class Worker:
                 assert p.grad is not None
                 p.grad /= setting.workers
 
-        for number in range(1, setting.rounds + 1):
+        for number in self._numbers():
             for _ in range(setting.sync_every):
                 self._step() if demo else self._step(average)
             if self._evaluated(number):
                 loss = self._loss(self.model)
                 dense = 4 * self.size * number * setting.sync_every
                 yield self._evaluation(number, loss, loss, demo.sent if demo else dense)
-        yield self._evaluation(setting.rounds, loss, loss, demo.sent if demo else dense)
+        yield self._evaluation(number, loss, loss, demo.sent if demo else dense)
+
+    def _numbers(self) -> Iterator[int]:
+        """Yield the numbers of rounds, until the time is over on one rank."""
+        for number in range(1, self.setting.rounds + 1):
+            yield number
+            if math.isfinite(self.setting.seconds):
+                over = torch.tensor([time.monotonic() - self.begin > self.setting.seconds])
+                dist.all_reduce(over, op=dist.ReduceOp.MAX)
+                if over:
+                    return
 
     # --- measuring ----------------------------------------------------------------------------
 

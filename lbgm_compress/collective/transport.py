@@ -170,7 +170,8 @@ class ProcessGroupTransport(Transport):
     On the CPU, data of equal sizes goes straight from each rank to each, and data of unequal sizes
     round a ring in chunks: a rank passes on the beginning of a part while its end is still on the
     way, so that one large part takes about its own time on one link, whatever the number of ranks.
-    On GPUs both are all-gathers, of parts that are padded to the largest.
+    On GPUs both are all-gathers, of parts that are padded to the largest; gloo, which has none for
+    tensors of a GPU, moves copies in the memory of the host.
 
     Parameters
     ----------
@@ -185,8 +186,11 @@ class ProcessGroupTransport(Transport):
         # Sends and receives name ranks of the default group: torch before 2.6 knows no others.
         self._global = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._reduced: Tensor | None = None
+        self._on_host = dist.get_backend(group) == "gloo"
 
     def gather_equal(self, data: Tensor) -> Tensor:
+        if self._on_host and data.device.type != "cpu":
+            return self.gather_equal(data.cpu()).to(data.device)
         rows = data.new_empty(self.size, data.numel())
         if data.device.type == "cpu":
             self._swap(data, rows)
@@ -216,6 +220,11 @@ class ProcessGroupTransport(Transport):
     def gather_unequal(self, parts: Sequence[Tensor]) -> None:
         if self.size > 1 and parts[self.rank].device.type == "cpu":
             self._ring(parts)
+        elif self.size > 1 and self._on_host:
+            copies = [part.cpu() for part in parts]
+            self._ring(copies)
+            for part, copy in zip(parts, copies, strict=True):
+                part.copy_(copy)
         else:
             super().gather_unequal(parts)
 
@@ -253,6 +262,8 @@ class ProcessGroupTransport(Transport):
             work.wait()
 
     def all_reduce(self, data: Tensor) -> Tensor:
+        if self._on_host and data.device.type != "cpu":
+            return self.all_reduce(data.cpu()).to(data.device)
         dist.all_reduce(data, group=self.group)
         if data.device.type == "cpu":
             # Kept until the next sum, so that no thread of gloo lets go of it last: see `_swap`.
