@@ -747,9 +747,13 @@ DIFFERENT = {
     "compressor": (
         {"compressor": TopK(0.1)},
         {"compressor": TopK(0.2)},
-        "rank 0 has compressor TopK(0.1) where rank 1 has compressor TopK(0.2)",
+        "compressor TopK(0.1) where rank 1 has compressor TopK(0.2)",
     ),
-    "residual": ({"residual": "model"}, {"residual": "memory"}, "compressor Identity() where rank"),
+    "residual": (
+        {"residual": "model"},
+        {"residual": "memory"},
+        "residual model where rank 1 has residual memory",
+    ),
     "final": ({"final": TopK(0.5)}, {}, "final TopK(0.5) where rank 1 has final Identity()"),
     "delay": ({"delay": 1}, {}, "delay 1 where rank 1 has delay 0"),
     "fragments": ({"fragments": 2}, {}, "fragments 2 where rank 1 has fragments 1"),
@@ -811,3 +815,219 @@ def test_all_exchanges_are_counted_the_last_one_too():
         assert size / 2 < stats["message_bytes"] - before["message_bytes"] < size
         assert stats["ratio"] == stats["message_bytes"] / stats["dense_bytes"]
         assert stats["bits_per_step"] == 8 * stats["message_bytes"] / size / (3 * EVERY)
+
+
+# --- nodes of several ranks -----------------------------------------------------------------------
+
+
+def in_nodes(rank, group=None, model=None):
+    """Return a model in DistributedDataParallel on this rank's node, of two ranks."""
+    nodes = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    torch.manual_seed(0 if model is None else rank // 2)
+    # A parameter without elements is not used.
+    options = {"find_unused_parameters": model is not None}
+    return DistributedDataParallel(model or Net(), process_group=nodes[rank // 2], **options)
+
+
+def train_nodes(rank, cases):
+    results = []
+    for compressor, options in cases:
+        model = in_nodes(rank)
+        optimizer = adamw(model)
+        history = []
+        with DiLoCo(model, optimizer, compressor, EVERY, **options) as diloco:
+            for step in range(1, 5 * EVERY + 1):
+                inner_step(model, optimizer, rank, step)
+                history.append(parameters(diloco.model))
+            common = None
+            if rank % 2 == 0:
+                with diloco.common_model():
+                    common = parameters(diloco.model)
+            else:
+                with pytest.raises(RuntimeError, match="first rank of each node holds the common"):
+                    diloco.common_model().__enter__()
+        results.append((history, common, parameters(diloco.model), diloco.stats()))
+    return results
+
+
+NODE_CASES = [
+    (Identity(), {}),
+    (Identity(), {"fragments": 3, "delay": 1, "residual": "memory"}),
+    (TopK(0.1, "int2"), {}),
+    (LBGM(TopK(0.2)), {"fragments": 2, "delay": 2}),
+]
+
+
+@pytest.mark.timeout(120)
+def test_ranks_of_a_node_are_one_worker():
+    results = run_ranks(train_nodes, 4, NODE_CASES, timeout=100)
+    for i, (compressor, options) in enumerate(NODE_CASES):
+        (history, common, final, stats), second, third, fourth = (of[i] for of in results)
+        assert_same_bits(second[0], history)
+        assert_same_bits(fourth[0], third[0])
+        assert_same_bits(third[1], common)
+        assert_replicas_agree([of[i][2] for of in results])
+        assert stats["message_bytes"] > second[3]["message_bytes"] == 0
+        assert {of[i][3]["exchanges"] for of in results} == {stats["exchanges"]}
+        if compressor == Identity():
+            schedule = {key: of for key, of in options.items() if key != "residual"}
+            expected, mean = transcription(2, 5 * EVERY, **schedule, batches=2)
+            for name in expected:
+                assert torch.allclose(common[name], expected[name], rtol=1e-4, atol=1e-6)
+                assert torch.allclose(final[name], mean[name], rtol=1e-4, atol=1e-6)
+
+
+def node_run(rank, compressor, options, load=None):
+    """Train in nodes, and return the states at some steps, the common model and the last model."""
+    model = in_nodes(rank, model=Odd())
+    optimizer = adamw(model)
+    diloco = DiLoCo(model, optimizer, compressor, EVERY, **options)
+    parts = (model.module, optimizer, diloco)
+    states = {}
+    start = 0
+    if load is not None:
+        start, state = load
+        # A copy, since optimizers go on in the tensors that they load.
+        for part, of in zip(parts, copy.deepcopy(state), strict=True):
+            part.load_state_dict(of)
+    for step in range(start, 26):
+        if step in (9, 13, 20):
+            states[step] = saved_and_loaded([part.state_dict() for part in parts])
+        inner_step(model, optimizer, rank, step)
+    diloco.finish()
+    diloco.close()
+    return states, copy.deepcopy(model.module.state_dict())
+
+
+def resume_nodes(rank):
+    warnings.simplefilter("ignore")
+    found = {}
+    for compressor, options in NODE_CASES[2:]:
+        states, final = node_run(rank, compressor, options)
+        for step, state in states.items():
+            _, again = node_run(rank, compressor, options, (step, state))
+            assert_same_bits(again, final, f"{compressor!r}, from step {step}")
+        # Rank 0 saves for its node, or for all; a node goes back further.
+        for name, others, step in (("node", [0, 0, 2, 2], 13), ("all", [0] * 4, 20)):
+            gathered = [None] * 4
+            dist.all_gather_object(gathered, states[step])
+            load = (step, gathered[others[rank]])
+            _, again = node_run(rank, compressor, options, load)
+            if name == "node":
+                assert_same_bits(again, final)
+            found[f"{compressor!r} {name}"] = again
+        back = 9 if rank < 2 else 20
+        found[f"{compressor!r} back"] = node_run(rank, compressor, options, (back, states[back]))[1]
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_nodes_resume_bit_for_bit():
+    assert_replicas_agree(run_ranks(resume_nodes, 4, timeout=100))
+
+
+def nodes_with_trouble(rank):
+    warnings.simplefilter("ignore")
+    found = []
+    for delay in (0, 2):
+        model = in_nodes(rank)
+        optimizer = adamw(model)
+        with DiLoCo(model, optimizer, TopK(0.3), EVERY, delay=delay) as diloco:
+            for step in range(5 * EVERY):
+                optimizer.zero_grad()
+                loss = loss_of(model, rank, step)
+                # All layers of node 1 have nan for some steps; node 0 skips some.
+                (loss * float("nan") if rank == 3 and step == 8 else loss).backward()
+                if rank > 1 or step % 7 != 3:
+                    optimizer.step()
+            assert all(bool(p.isfinite().all()) for p in model.parameters())
+        # The inner optimizers of a node are in one state.
+        own = parameters(model.module), optimizer.state_dict()["state"]
+        every = [None] * 4
+        dist.all_gather_object(every, own)
+        assert_same_bits(own, every[rank // 2 * 2])
+        found.append((own[0], diloco.exchanges))
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_nodes_with_nan_and_skipped_steps_end_alike():
+    assert_replicas_agree(run_ranks(nodes_with_trouble, 4))
+
+
+def node_that_fails(rank):
+    errors = []
+    for delay in (0, 2):
+        model = in_nodes(rank)
+        optimizer = adamw(model)
+        diloco = DiLoCo(model, optimizer, Identity(), EVERY, delay=delay)
+        if rank == 2:
+            sender = diloco._training._averager.sender
+            sender.encode = lambda *_, **__: (_ for _ in ()).throw(ArithmeticError("broken"))
+        try:
+            for step in range(9):
+                inner_step(model, optimizer, rank, step)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        diloco.close()
+    return errors
+
+
+def test_an_error_of_the_first_rank_of_a_node_is_raised_on_the_node():
+    told = "RuntimeError: the first rank of this node, which exchanges for all of them, failed: see"
+    results = run_ranks(node_that_fails, 4, group_timeout=20)
+    for found, expected in zip(
+        results,
+        ["RuntimeError: rank 1 failed before", told, "ArithmeticError: broken", told],
+        strict=True,
+    ):
+        assert len(found) == 2
+        assert all(error.startswith(expected) for error in found)
+
+
+def wrong_nodes(rank):
+    errors = []
+
+    def attempt(model, **options):
+        try:
+            DiLoCo(model, adamw(model), Identity(), **options)
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+
+    attempt(DistributedDataParallel(Small()))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2])]
+    some = [dist.new_group([0, 2]), dist.new_group([1])]
+    model = DistributedDataParallel(Small(), process_group=pairs[rank // 2])
+    attempt(model, process_group=some[rank % 2])
+    attempt(model, sync_every=5 if rank == 1 else 6)
+    attempt(model, final=TopK(0.5) if rank == 2 else None)
+    optimizer = adamw(model)
+    with DiLoCo(model if rank < 2 else model.module, optimizer, TopK(0.3), EVERY) as diloco:
+        for step in range(9):
+            inner_step(model, optimizer, rank, step)
+        state = diloco.state_dict()
+        try:
+            if rank == 2:
+                diloco.load_state_dict({"format": 1, "local_step": 3, "exchanges": 0})
+        except ValueError as error:
+            errors.append(str(error))
+        try:
+            if rank < 2:
+                diloco.load_state_dict(state if rank == 0 else {})
+        except ValueError as error:
+            errors.append(str(error))
+    return errors, parameters(model)
+
+
+def test_nodes_need_not_be_of_one_size_and_wrong_ones_are_refused():
+    results = run_ranks(wrong_nodes, 3, group_timeout=20)
+    assert_replicas_agree([final for _, final in results])
+    errors = [found for found, _ in results]
+    for found in errors:
+        assert "DistributedDataParallel has all ranks, so that there is no other" in found[0]
+        assert "process_group has 1 of the 2 ranks of DistributedDataParallel's" in found[1]
+        assert "rank 0 has sync_every 6 where rank 1 has sync_every 5" in found[2]
+        assert "rank 0 has final Identity() where rank 2 has final TopK" in found[3]
+    assert [len(found) for found in errors] == [4, 5, 5]
+    assert "this is not a state" in errors[1][4]
+    assert "the state of a rank that does not exchange: load the one that" in errors[2][4]

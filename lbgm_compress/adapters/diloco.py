@@ -24,6 +24,7 @@ from lbgm_compress.collective.local.options import (
 from lbgm_compress.collective.local.training import Accept
 from lbgm_compress.collective.transport import ProcessGroupTransport
 from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressors.identity import Identity
 
 __all__ = ["DiLoCo"]
 
@@ -132,21 +133,24 @@ class DiLoCo:
         schedule = {"sync_every": sync_every, "fragments": fragments, "delay": delay}
         transport = ProcessGroupTransport(group_like(group))
         device = next(iter(parameters.values())).device
-        check_same(transport, [f"{name} {value}" for name, value in schedule.items()], device)
+        options = {**schedule, "residual": residual, "compressor": compressor}
+        options["final"] = final or Identity()
+        check_same(transport, [f"{name} {value}" for name, value in options.items()], device)
         ranks = [dist.get_rank()]
         if node_group is not None:
             ranks = sorted(dist.get_process_group_ranks(node_group))
-        leaders = _leaders(transport, ranks, device)
+        peers = _peers(transport, ranks, device)
         node = None
-        if node_group is not None:
-            inside = ProcessGroupTransport(group_like(node_group, patience=2))
-            node = Node(inside, parameters, inner_optimizer)
+        if len(peers) < transport.size:
+            # Each rank makes as many groups as the others, since torch numbers them on each rank.
+            members = dist.get_process_group_ranks(group)
+            transport = ProcessGroupTransport(group_like(group, [members[peer] for peer in peers]))
+            inside = group_like(node_group or group, ranks, patience=2)
+            node = Node(ProcessGroupTransport(inside), parameters, inner_optimizer)
         self._training: LocalTraining | Follower
         if node is not None and node.transport.rank > 0:
             self._training = Follower(self.model, node, **schedule)
         else:
-            if len(leaders) < transport.size:
-                transport = ProcessGroupTransport(group_like(group, leaders))
             self._training = LocalTraining(
                 self.model,
                 inner_optimizer,
@@ -270,27 +274,29 @@ def _check_arguments(model: Any, optimizer: Any, compressor: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: {call}")
 
 
-def _leaders(transport: ProcessGroupTransport, ranks: list[int], device: torch.device) -> list[int]:
-    """Return the first rank of each node, given those of this rank's node.
+def _peers(transport: ProcessGroupTransport, ranks: list[int], device: torch.device) -> list[int]:
+    """Return the ranks of the transport with this rank's place in their nodes, such as the first.
+
+    `ranks` are those of this rank's node.
 
     Raises
     ------
     ValueError
         On all ranks, if there is one node alone, or if a node is not whole.
     """
-    mine = torch.tensor([ranks[0], len(ranks)], dtype=torch.int64).view(torch.uint8).to(device)
-    rows = transport.gather_equal(mine).cpu().view(torch.int64).view(-1, 2).tolist()
-    leaders = list(dict.fromkeys(leader for leader, _ in rows))
-    for leader, size in rows:
-        found = sum(other == leader for other, _ in rows)
+    place = ranks.index(dist.get_rank())
+    mine = torch.tensor([ranks[0], len(ranks), place], dtype=torch.int64).view(torch.uint8)
+    rows = transport.gather_equal(mine.to(device)).cpu().view(torch.int64).view(-1, 3).tolist()
+    for first, size, _ in rows:
+        found = sum(other == first for other, _, _ in rows)
         if found != size:
             raise ValueError(
                 f"process_group has {found} of the {size} ranks of DistributedDataParallel's group "
-                f"of rank {leader}: give DiLoCo a process_group with all ranks of every node"
+                f"of rank {first}: give DiLoCo a process_group with all ranks of every node"
             )
-    if len(leaders) == 1 and len(rows) > 1:
+    if len({first for first, _, _ in rows}) == 1 and len(rows) > 1:
         raise ValueError(
             "DistributedDataParallel has all ranks, so that there is no other worker to exchange "
             "with: give it the process_group of this node's ranks, or leave it out"
         )
-    return leaders
+    return [rank for rank, (_, _, other) in enumerate(rows) if other == place]
