@@ -292,6 +292,12 @@ def test_nothing_is_lost(three, schedule):
             raise AssertionError(f"{compressor!r}, {residual}: {error}") from None
 
 
+def test_without_a_process_group_the_error_says_what_to_call():
+    model = Small()
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        DiLoCo(model, adamw(model), TopK(0.1))
+
+
 # --- saved states ---------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from lbgm_compress import (
     parse_compressor,
 )
 from lbgm_compress.adapters.ddp import CompressionState, compress, compression_hook
+from lbgm_compress.adapters.diloco import DiLoCo
 from lbgm_compress.adapters.horovod import DistributedOptimizer
 
 
@@ -143,6 +144,48 @@ def nested_strategies():
     from flwr.serverapp.strategy import FedAvg
 
     flower.CompressedStrategy(flower.CompressedStrategy(FedAvg(), LBGM()), LBGM())
+
+
+def diloco(compressor=None, model=None, **options):
+    model = model or Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return DiLoCo(model, optimizer, compressor or LBGM(), **options)
+
+
+def diloco_of_one_optimizer():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    DiLoCo(model, optimizer, LBGM(), outer_optimizer=optimizer)
+
+
+def diloco_twice():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    DiLoCo(model, optimizer, LBGM())
+    DiLoCo(model, optimizer, LBGM())
+
+
+def diloco_with_a_part_of_the_outer_parameters():
+    model = Model()
+    outer = torch.optim.SGD(model.linear.parameters(), lr=0.7)
+    diloco(model=model, outer_optimizer=outer)
+
+
+def diloco_unfrozen():
+    model = Model()
+    model.embedding.requires_grad_(False)
+    outer = torch.optim.SGD(model.linear.parameters(), lr=0.7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    DiLoCo(model, optimizer, LBGM(), 1, outer)
+    model.embedding.requires_grad_(True)
+    model(torch.arange(5)).backward()
+    optimizer.step()
+
+
+def sharded():
+    model = Model()
+    [(_, model.w)] = distributed_tensor()
+    return model
 
 
 GRADS = {"w": torch.ones(4)}
@@ -303,6 +346,57 @@ WRONG = [
     (
         lambda: DistributedOptimizer(sgd(), LBGM),
         "not the class LBGM: write LBGM(...), with brackets",
+    ),
+    # DiLoCo
+    (lambda: DiLoCo(Model(), LBGM(), sgd()), "swapped: write DiLoCo(model, optimizer, compressor)"),
+    (lambda: DiLoCo(LBGM(), sgd(), Model()), "swapped: write DiLoCo(model, optimizer, compressor)"),
+    (lambda: DiLoCo(Model(), sgd()), "missing 1 required positional argument: 'compressor'"),
+    (
+        lambda: DiLoCo([Model()], sgd(), LBGM()),
+        "model must be a torch.nn.Module, not list: write DiLoCo(model, optimizer, compressor)",
+    ),
+    (lambda: DiLoCo(Model(), None, LBGM()), "inner_optimizer must be a torch.optim.Optimizer, not"),
+    (lambda: DiLoCo(Model(), sgd(), LBGM()), "inner_optimizer has none of the model's parameters"),
+    (lambda: diloco(TopK), "not the class TopK: write TopK(...), with brackets"),
+    (
+        lambda: diloco(LBGM(ErrorFeedback(TopK(0.1)))),
+        'leave out ErrorFeedback, or give residual="memory"',
+    ),
+    (lambda: diloco(residual="buffer"), "residual must be one of model, memory, not 'buffer'"),
+    (lambda: diloco(sync_every=0), "sync_every must be a whole number of at least 1, not 0"),
+    (lambda: diloco(delay=30), "delay must be below sync_every / fragments, 30, not 30"),
+    (lambda: diloco(fragments=3, delay=10), "delay must be below sync_every / fragments, 10, not"),
+    (lambda: diloco(fragments=4), "fragments=4 of a model with 3 parameters"),
+    (lambda: diloco(fragments=4, sync_every=3), "fragments=4 is above sync_every=3"),
+    (
+        lambda: diloco(outer_optimizer=0.7),
+        "outer_optimizer must be a torch.optim.Optimizer, not fl",
+    ),
+    (lambda: diloco(outer_optimizer=sgd()), "outer_optimizer has none of the model's parameters"),
+    (diloco_of_one_optimizer, "are the same object: each needs its own state"),
+    (diloco_with_a_part_of_the_outer_parameters, "does not have the parameter 'embedding.weight'"),
+    (diloco_unfrozen, "does not have the parameter 'embedding.weight', which is trained: build it"),
+    (lambda: diloco(final="int4"), "expected a compressor such as LBGM(TopK(0.01)), not str"),
+    (lambda: diloco(accept=True), "accept must be a function of the averages, not True"),
+    (lambda: diloco(weight=0), "weight must be above 0 and finite, not 0"),
+    (lambda: diloco(process_group=3), "must be a torch.distributed.ProcessGroup, not 3"),
+    (lambda: diloco(model=sharded()), "parameter 'w' is a DTensor, as fully_shard makes them"),
+    (
+        diloco_twice,
+        "another DiLoCo counts the steps of this inner optimizer: call its close() first",
+    ),
+    (lambda: diloco().step(), "counted by themselves: call optimizer.step() alone, without diloco"),
+    (
+        lambda: diloco().load_state_dict({}),
+        "is not a state of local training, as DiLoCo.state_dict() returns it",
+    ),
+    (
+        lambda: diloco(TopK(0.1)).load_state_dict(diloco().state_dict()),
+        "the state is that of LBGM(), and this end uses TopK(0.1)",
+    ),
+    (
+        lambda: diloco(model=nn.Linear(2, 2)).load_state_dict(diloco().state_dict()),
+        "the state is that of another model: names or shapes differ",
     ),
     # Flower
     (

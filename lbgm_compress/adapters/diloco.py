@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -27,6 +28,9 @@ from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.identity import Identity
 
 __all__ = ["DiLoCo"]
+
+# Optimizers whose steps are counted.
+_counted: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class DiLoCo:
@@ -118,7 +122,7 @@ class DiLoCo:
         weight: float = 1.0,
     ) -> None:
         _check_arguments(model, inner_optimizer, compressor)
-        check_options(compressor, sync_every, residual, fragments, delay, final, weight)
+        check_options(compressor, sync_every, residual, fragments, delay, final, accept, weight)
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group() first")
         if process_group is not None:
@@ -164,6 +168,8 @@ class DiLoCo:
                 weight=weight,
                 node=node,
             )
+        self._inner = inner_optimizer
+        _counted.add(inner_optimizer)
         self._hook = inner_optimizer.register_step_post_hook(lambda *_: self._training.step())
 
     @property
@@ -248,6 +254,7 @@ class DiLoCo:
     def close(self) -> None:
         """Stop counting the inner optimizer's steps; the model stays as it is."""
         self._hook.remove()
+        _counted.discard(self._inner)
 
     def __enter__(self) -> DiLoCo:
         return self
@@ -266,12 +273,14 @@ class DiLoCo:
 def _check_arguments(model: Any, optimizer: Any, compressor: Any) -> None:
     """Raise `TypeError` that names the right call, unless the arguments are in order."""
     call = "write DiLoCo(model, optimizer, compressor)"
-    if isinstance(compressor, torch.optim.Optimizer) or (
-        isinstance(optimizer, nn.Module) and not isinstance(model, nn.Module)
-    ):
-        raise TypeError(f"the arguments are swapped: {call}")
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(compressor, torch.optim.Optimizer):
+        if any(isinstance(of, nn.Module) for of in (model, optimizer, compressor)):
+            raise TypeError(f"the arguments are swapped: {call}")
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: {call}")
+    if optimizer in _counted:
+        raise ValueError(
+            "another DiLoCo counts the steps of this inner optimizer: call its close() first"
+        )
 
 
 def _peers(transport: ProcessGroupTransport, ranks: list[int], device: torch.device) -> list[int]:

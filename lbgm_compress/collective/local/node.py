@@ -210,4 +210,6 @@ class Follower(Rounds):
         """
         self._hear()
         if not isinstance(state, Mapping) or "exchanges" not in state:
-            raise ValueError("this is not a state that LocalTraining.state_dict() returned")
+            raise ValueError(
+                "this is not a state of local training, as DiLoCo.state_dict() returns it"
+            )

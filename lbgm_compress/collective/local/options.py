@@ -33,6 +33,7 @@ def check_options(
     fragments: Any,
     delay: Any,
     final: Any,
+    accept: Any,
     weight: Any,
 ) -> None:
     """Raise `TypeError` or `ValueError` unless options are of their types and in their ranges."""
@@ -53,6 +54,8 @@ def check_options(
         )
     if final is not None:
         check_compressor(final)
+    if accept is not None and not callable(accept):
+        raise TypeError(f"accept must be a function of the averages, not {accept!r}")
     if residual == "model" and compressor.has_residual:
         raise ValueError(
             f'{compressor!r} keeps a residual, and residual="model" keeps what is not sent in the '

@@ -47,7 +47,7 @@ class Pending:
         return pending
 
 
-def check_state(state: Any, common: Mapping[str, Tensor], owner: str) -> None:
+def check_state(state: Any, common: Mapping[str, Tensor]) -> None:
     """Raise `ValueError` unless this is a state of local training of these parameters."""
     if isinstance(state, Mapping) and "exchanges" in state and "averager" not in state:
         raise ValueError(
@@ -55,7 +55,7 @@ def check_state(state: Any, common: Mapping[str, Tensor], owner: str) -> None:
             "of a node has saved"
         )
     if not isinstance(state, Mapping) or not set(state) >= STATE_KEYS:
-        raise ValueError(f"this is not a state that {owner}.state_dict() returned")
+        raise ValueError("this is not a state of local training, as DiLoCo.state_dict() returns it")
     if state["format"] != FORMAT:
         raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
     shapes = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}

@@ -120,7 +120,7 @@ class LocalTraining(Rounds):
         weight: float = 1.0,
         node: Node | None = None,
     ) -> None:
-        check_options(compressor, sync_every, residual, fragments, delay, final, weight)
+        check_options(compressor, sync_every, residual, fragments, delay, final, accept, weight)
         super().__init__(sync_every, fragments, delay)
         parameters = parameters_of(model)
         check_optimizers(inner_optimizer, outer_optimizer, parameters)
@@ -486,7 +486,7 @@ class LocalTraining(Rounds):
 
     @torch.no_grad()
     def _load(self, state: Mapping[str, Any]) -> None:
-        check_state(state, self._common.tensors, type(self).__name__)
+        check_state(state, self._common.tensors)
         with contextlib.suppress(Exception):
             # What it raises was raised before, or is of no importance any more.
             self._wait()
