@@ -20,7 +20,7 @@ class Method:
     residual: str = "memory"
     final: Compressor | None = None
     outer_lr: float = 0.7
-    outer_momentum: float = 0.9
+    outer_momentum: float = 0.6
     inner: str = "adamw"
     """Inner optimizer: "adamw", or "muon" for matrices (arXiv 2505.23725)."""
     power_rank: int = 0
@@ -37,6 +37,9 @@ FINAL = TopK(1.0, "int2")
 DENSE = "dense"
 METHODS = {
     DENSE: Method(Identity(), text="DiLoCo in float32"),
+    "dense (0.7 / 0.9)": Method(
+        Identity(), outer_momentum=0.9, text="with the outer momentum of its paper"
+    ),
     "float16": Method(TopK(1.0, "float16"), text="DiLoCo in float16"),
     "4 bits": Method(TopK(1.0, "int4"), text="as Streaming DiLoCo, with error feedback"),
     "2 bits": Method(TopK(1.0, "int2"), text="2 bits with error feedback"),
@@ -48,15 +51,17 @@ METHODS = {
     ),
     "top 1/64 in memory": Method(TopK(1 / 64, "int2")),
     "subspaces in memory": Method(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
-    "top 1/70 in model": Method(TopK(1 / 70, "int2"), "model", FINAL),
-    "top 1/280 in model": Method(TopK(1 / 280, "int2"), "model", FINAL),
+    "top 1/70 in model": Method(TopK(1 / 70, "int2"), "model", FINAL, 1.0, 0.5),
+    "top 1/280 in model": Method(TopK(1 / 280, "int2"), "model", FINAL, 1.0, 0.6),
     "subspaces in model": Method(
-        LookBackSubspace(4, 0.5, refresh=4, values="int2"), "model", FINAL
+        LookBackSubspace(4, 0.5, refresh=4, values="int2"), "model", FINAL, 1.0, 0.5
     ),
     "alone": Method(Identity(), "model", FINAL, alone=True, text="no exchange but the last"),
     "DeMo": Method(every_step="demo", text="signs of DCT coefficients, every step"),
     "data-parallel": Method(every_step="adamw", text="AdamW, gradients averaged every step"),
     "dense with Muon": Method(Identity(), inner="muon"),
     "2 bits with Muon": Method(TopK(1.0, "int2"), inner="muon", text="as MuLoCo"),
-    "top 1/280 in model with Muon": Method(TopK(1 / 280, "int2"), "model", FINAL, inner="muon"),
+    "top 1/280 in model with Muon": Method(
+        TopK(1 / 280, "int2"), "model", FINAL, 1.0, 0.6, inner="muon"
+    ),
 }

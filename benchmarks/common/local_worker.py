@@ -30,6 +30,9 @@ INNER_LR = 1.5e-3
 MUON_LR = 0.01
 DEMO_LR = 1e-3
 BATCH = 8
+# A server that has imported what workers need forks them.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["benchmarks.common.local_worker", "torch._dynamo"])
 TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -73,11 +76,10 @@ def perform(setting: Setting, method: Method) -> list[Evaluation]:
     RuntimeError
         If a worker fails.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        reader, writer = context.Pipe(duplex=False)
+        reader, writer = CONTEXT.Pipe(duplex=False)
         processes = [
-            context.Process(target=_main, args=(rank, folder, setting, method, writer), daemon=True)
+            CONTEXT.Process(target=_main, args=(rank, folder, setting, method, writer), daemon=True)
             for rank in range(setting.workers)
         ]
         for process in processes:
