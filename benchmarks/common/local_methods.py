@@ -47,12 +47,14 @@ METHODS = {
     "PowerSGD 4": Method(power_rank=4, text="rank 4 in float32, error feedback"),
     "SparseLoCo": Method(
         ErrorFeedback(TopK(1 / 64, "int2", chunk=4096), decay=0.95),
+        outer_lr=1.0,
+        outer_momentum=0.5,
         text="64 of each 4,096, two bits, decay 0.95",
     ),
-    "top 1/64 in memory": Method(TopK(1 / 64, "int2")),
+    "top 1/64 in memory": Method(TopK(1 / 64, "int2"), outer_lr=1.0, outer_momentum=0.5),
     "subspaces in memory": Method(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
-    "top 1/70 in model": Method(TopK(1 / 70, "int2"), "model", FINAL, 1.0, 0.5),
-    "top 1/280 in model": Method(TopK(1 / 280, "int2"), "model", FINAL, 1.0, 0.6),
+    "top 1/73 in model": Method(TopK(1 / 73, "int2"), "model", FINAL, 1.0, 0.5),
+    "top 1/295 in model": Method(TopK(1 / 295, "int2"), "model", FINAL, 1.0, 0.6),
     "subspaces in model": Method(
         LookBackSubspace(4, 0.5, refresh=4, values="int2"), "model", FINAL, 1.0, 0.5
     ),
@@ -61,7 +63,7 @@ METHODS = {
     "data-parallel": Method(every_step="adamw", text="AdamW, gradients averaged every step"),
     "dense with Muon": Method(Identity(), inner="muon"),
     "2 bits with Muon": Method(TopK(1.0, "int2"), inner="muon", text="as MuLoCo"),
-    "top 1/280 in model with Muon": Method(
-        TopK(1 / 280, "int2"), "model", FINAL, 1.0, 0.6, inner="muon"
+    "top 1/295 in model with Muon": Method(
+        TopK(1 / 295, "int2"), "model", FINAL, 1.0, 0.6, inner="muon"
     ),
 }
