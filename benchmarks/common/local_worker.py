@@ -252,8 +252,11 @@ class Worker:
 
     def _numbers(self) -> Iterator[int]:
         """Yield the numbers of rounds, until the time is over on one rank."""
+        command = multiprocessing.parent_process()
         for number in range(1, self.setting.rounds + 1):
             yield number
+            if command is not None and not command.is_alive():
+                raise SystemExit("the command was ended")
             if math.isfinite(self.setting.seconds):
                 over = torch.tensor([time.monotonic() - self.begin > self.setting.seconds])
                 dist.all_reduce(over, op=dist.ReduceOp.MAX)
