@@ -1037,3 +1037,48 @@ def test_nodes_need_not_be_of_one_size_and_wrong_ones_are_refused():
     assert [len(found) for found in errors] == [4, 5, 5]
     assert "this is not a state" in errors[1][4]
     assert "the state of a rank that does not exchange: load the one that" in errors[2][4]
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def run_example(folder, name, *arguments):
+    """Run an example on two ranks, and return its last line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run(
+        [*command, str(ROOT / "examples" / name), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()[-1]
+
+
+@pytest.mark.timeout(200)
+def test_example_trains_under_torchrun(tmp_path):
+    last = run_example(tmp_path, "diloco_train.py")
+    assert float(last.split("accuracy ")[1].split(" ")[0]) > 0.85
+    assert float(last.split(" of the bytes")[0].split()[-1].rstrip("%")) < 1
+
+
+def test_three_lines_switch_it_on():
+    lines = (ROOT / "examples" / "diloco_train.py").read_text().splitlines()
+    ddp = (ROOT / "examples" / "ddp_train.py").read_text().splitlines()
+    named = [line for line in lines if re.search("DiLoCo|TopK", line) and '"""' not in line]
+    assert len(named) == 3
+    # What is before the model is as in the other example.
+    assert (
+        lines[lines.index("rank, world = dist.get_rank(), dist.get_world_size()") :][:7]
+        == (ddp[ddp.index("rank, world = dist.get_rank(), dist.get_world_size()") :][:7])
+    )
+
+
+@pytest.mark.timeout(200)
+def test_example_of_a_gpt_trains_under_torchrun(tmp_path):
+    last = run_example(tmp_path, "gpt_diloco.py", "90")
+    # Uniform bytes have 5.5.
+    assert float(last.split("loss ")[1].split(" ")[0]) < 3.6
+    assert float(last.split(" bits a parameter")[0].split()[-1]) < 0.5

@@ -402,7 +402,9 @@ class LocalTraining(Rounds):
             elif buffer.numel():
                 # In float64, so that a constant is its own mean.
                 flat = buffer.detach().reshape(-1).to(torch.float64) * self._averager.share
-                buffer.detach().copy_(transport.all_reduce(flat).view(buffer.shape))
+                # By sends, since a collective of gloo just before a program ends may abort it: see
+                # ProcessGroupTransport._swap.
+                buffer.detach().copy_(Transport.all_reduce(transport, flat).view(buffer.shape))
 
     @contextlib.contextmanager
     def common_model(self) -> Iterator[nn.Module]:
