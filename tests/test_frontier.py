@@ -16,6 +16,8 @@ from benchmarks import frontier
 from benchmarks.common.command_line import read_methods
 from benchmarks.common.data import Dataset, DatasetMissing, load_plays
 from benchmarks.common.frontier_settings import Run, methods_of, training_of
+from benchmarks.common.models import parameters
+from benchmarks.common.training import Workers, local_updates
 from benchmarks.frontier import Evaluation, bytes_to, front, rows_of
 from tests.idx import write_idx
 
@@ -235,3 +237,33 @@ def test_kept_results_of_earlier_names_are_read_and_drawn(tmp_path):
     assert read_methods(", ".join(methods))
     frontier.draw(tmp_path, {what: e for what, e in runs.items() if what.setting == "small-batch"})
     assert [path.name for path in tmp_path.iterdir()] == ["frontier-small-batch.png"]
+
+
+def test_workers_with_adamw_inside_step_as_torchs(tmp_path, monkeypatch):
+    plays(tmp_path, 2)
+    setting = dataclasses.replace(frontier.SETTINGS["text"], workers=2, local_steps=3)
+    monkeypatch.setitem(frontier.SETTINGS, "text", setting)
+    what = Run("text", "transformer", "Identity()", 0)
+    training = training_of(what, None, str(tmp_path), short=True)
+    model = training.initial_model()
+    weights = parameters(model)
+    update = local_updates(model, training, Workers(training))
+    expected = Workers(training)
+    own = [training.initial_model() for _ in range(2)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=training.adamw_lr) for m in own]
+    for _ in range(2):
+        # The moments of a worker stay from round to round.
+        found = update(weights, [0, 1])
+        for m in own:
+            m.load_state_dict(weights)
+        for _ in range(3):
+            images, labels, _ = expected.next_batch([0, 1])
+            for i in range(2):
+                optimizers[i].zero_grad()
+                logits = own[i](images[i]).flatten(0, 1)
+                torch.nn.functional.cross_entropy(logits, labels[i].flatten()).backward()
+                optimizers[i].step()
+        for i in range(2):
+            for name, parameter in own[i].named_parameters():
+                difference = weights[name] - parameter.detach()
+                torch.testing.assert_close(found[name][i], difference, rtol=1e-2, atol=2e-4)
