@@ -826,13 +826,13 @@ def test_all_exchanges_are_counted_the_last_one_too():
 # --- nodes of several ranks -----------------------------------------------------------------------
 
 
-def in_nodes(rank, group=None, model=None):
+def in_nodes(rank, model=None):
     """Return a model in DistributedDataParallel on this rank's node, of two ranks."""
-    nodes = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    node, _ = dist.new_subgroups(group_size=2)
     torch.manual_seed(0 if model is None else rank // 2)
     # A parameter without elements is not used.
     options = {"find_unused_parameters": model is not None}
-    return DistributedDataParallel(model or Net(), process_group=nodes[rank // 2], **options)
+    return DistributedDataParallel(model or Net(), process_group=node, **options)
 
 
 def train_nodes(rank, cases):

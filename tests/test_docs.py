@@ -31,6 +31,7 @@ HOROVOD = [pytest.mark.horovod, needs_horovod, pytest.mark.xdist_group("horovod 
 PROGRAMS = {
     "horovod": HOROVOD,
     "ddp": [],
+    "diloco": [],
     "grace": [*HOROVOD, pytest.mark.grace, needs_checkout],
 }
 END = "dist.destroy_process_group()\n"
@@ -141,7 +142,7 @@ def run_program(rank: int, path: str, more: str | None) -> None:
 def test_program_of_guide_runs_before_and_after_the_change(name, sign, tmp_path):
     path = tmp_path / "train.py"
     path.write_text(program_of(name, sign))
-    if name != "ddp":
+    if name not in ("ddp", "diloco"):
         run_horovod(run_program, 2, str(path), checkout() if name == "grace" else None)
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
