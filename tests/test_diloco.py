@@ -190,7 +190,7 @@ def every_compressor(rank, cases):
     for compressor, residual in cases:
         run = Run(transport, compressor, sync_every=2, residual=residual)
         commons = []
-        for step in range(7):
+        for step in range(5):
             run.step(given(rank, step))
             commons.append(run.common())
         run.training.finish()
@@ -492,6 +492,28 @@ def test_states_that_do_not_fit_leave_one_common_model(three, compressor, option
     assert_replicas_agree(results)
 
 
+def test_finish_right_after_rank_0_s_state_counts_its_steps_once(three):
+    def train(rank):
+        run = Trained(three.transports[rank], TopK(0.2))
+        run.go(0, 9)
+        return run.state(), run.common()
+
+    (state, common), *_ = three.run(train)
+
+    def resume(rank):
+        run = Trained(three.transports[rank], TopK(0.2))
+        run.load(copy.deepcopy(state))
+        return run.finished()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = three.run(resume)
+    assert_replicas_agree(results)
+    for name, p in results[0].items():
+        expected = common[name] + (state[0][name] - common[name]) / 3
+        assert torch.allclose(p, expected, rtol=1e-5, atol=1e-7)
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 
@@ -541,17 +563,25 @@ def test_error_of_one_rank_reaches_it_and_the_others(three, delay):
         raise ArithmeticError("this cannot be encoded")
 
     def train(rank):
-        run = Trained(three.transports[rank], Identity(), delay=delay)
+        run = Trained(three.transports[rank], TopK(0.2), delay=delay)
         run.go(0, 10)
+        saved = run.state()
+        sender = run.training._averager.sender
         if rank == 1:
-            run.training._averager.sender.encode = encode
+            sender.encode = encode
         for _ in range(2):
             try:
                 run.go(10, 20)
             except Exception as error:
                 errors[rank] = [*(errors[rank] or []), f"{type(error).__name__}: {error}"]
+        if rank == 1:
+            del sender.encode
+        # As the error says.
+        run.load(saved)
+        run.go(10, 30)
+        return run.finished()
 
-    three.run(train)
+    assert_replicas_agree(three.run(train))
     assert [found[0] for found in errors] == [
         "RuntimeError: rank 1 failed before it could send: see the error there",
         "ArithmeticError: this cannot be encoded",

@@ -168,6 +168,8 @@ class Follower(Rounds):
     @torch.no_grad()
     def finish(self) -> None:
         """Take the mean of all workers' models, as `LocalTraining.finish`."""
+        if self._starts_over:
+            self._start_over()
         if self._due is not None:
             self._apply()
         self._hear()

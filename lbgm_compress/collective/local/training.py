@@ -131,6 +131,8 @@ class LocalTraining(Rounds):
         self._parameters = parameters
         self._inner = inner_optimizer
         self._accept = accept
+        self._final = final or Identity()
+        self._weight = weight
         self._fragments = divided(parameters, fragments)
         self._pending: Pending | None = None
         if outer_optimizer is None:
@@ -151,11 +153,12 @@ class LocalTraining(Rounds):
                 residual=residual,
                 fragments=fragments,
                 delay=delay,
-                final=final or Identity(),
+                final=self._final,
             ),
             common=self._common,
         )
-        self._final = Averager(final or Identity(), self._common.tensors, transport, weight=weight)
+        # Bytes of the exchanges of `finish`: of messages, and of dense ones.
+        self._final_bytes = [0, 0]
         self._node = node
         # What the node is told next.
         self._changed: set[str] = set()
@@ -370,13 +373,15 @@ class LocalTraining(Rounds):
         RuntimeError
             If another rank failed or cannot be reached.
         """
+        if self._starts_over:
+            self._start_over()
         if self._pending is not None:
             self._apply()
         with self._telling():
             replaced = self._averager.finish()
             self._catch_up(replaced)
             self._return_to_common(self._not_finite(), forget=True)
-            averages = self._final.average(self._differences(list(self._parameters)))
+            averages = self._final_average()
             finite = all(bool(average.isfinite().all()) for average in averages.values())
             if not finite:
                 warnings.warn(
@@ -393,6 +398,18 @@ class LocalTraining(Rounds):
             self._finish_buffers()
         if self._node is not None:
             self._node.share_all(self.model.buffers())
+
+    def _final_average(self) -> dict[str, Tensor]:
+        """Average what the workers have beyond the common model."""
+        # A new one each time, which the ranks compare, and which no earlier failure stops.
+        averager = Averager(
+            self._final, self._common.tensors, self._averager.transport, weight=self._weight
+        )
+        averages = averager.average(self._differences(list(self._parameters)))
+        found = averager.stats()
+        self._final_bytes[0] += found["message_bytes"]
+        self._final_bytes[1] += found["dense_bytes"]
+        return averages
 
     def _finish_buffers(self) -> None:
         transport = self._averager.transport
@@ -433,9 +450,8 @@ class LocalTraining(Rounds):
         """
         self._wait()
         found = self._averager.stats()
-        last = self._final.stats()
-        message = found["message_bytes"] + last["message_bytes"]
-        dense = found["dense_bytes"] + last["dense_bytes"]
+        message = found["message_bytes"] + self._final_bytes[0]
+        dense = found["dense_bytes"] + self._final_bytes[1]
         size = sum(p.numel() for p in self._parameters.values())
         return {
             "message_bytes": message,
