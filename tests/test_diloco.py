@@ -1112,3 +1112,35 @@ def test_example_of_a_gpt_trains_under_torchrun(tmp_path):
     # Uniform bytes have 5.5.
     assert float(last.split("loss ")[1].split(" ")[0]) < 3.6
     assert float(last.split(" bits a parameter")[0].split()[-1]) < 0.5
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def train_on_a_gpu(rank, delay):
+    torch.cuda.set_device(0)
+    torch.manual_seed(0)
+    model = Net().cuda()
+    optimizer = adamw(model)
+    common = []
+    options = {"sync_every": EVERY, "fragments": 2, "delay": delay}
+    with DiLoCo(model, optimizer, TopK(0.1, "int2"), **options) as diloco:
+        for step in range(4 * EVERY):
+            x, y = data(rank, step)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x.cuda()), y.cuda()).backward()
+            optimizer.step()
+            with diloco.common_model():
+                common.append({name: p.cpu() for name, p in parameters(model).items()})
+    return common, {name: p.cpu() for name, p in parameters(model).items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("delay", [0, 2])
+def test_two_workers_on_one_gpu_exchange_over_gloo(delay):
+    found = run_ranks(train_on_a_gpu, 2, delay, timeout=150)
+    for first, second in zip(found[0][0], found[1][0], strict=True):
+        assert_same_bits(first, second)
+    assert_replicas_agree([of[1] for of in found])
