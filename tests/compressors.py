@@ -58,6 +58,7 @@ COMPRESSORS: list[Compressor] = [
     LBGM(TopK(0.4, "float16")),
     TopK(0.1, chunk=64),
     TopK(0.3, "int2", chunk=7),
+    TopK(0.3, "sign"),
     LBGM(TopK(0.1, chunk=100), delta=0.5),
     ErrorFeedback(TopK(0.1, chunk=64), decay=0.95),
     ErrorFeedback(TopK(1 / 64, "int2", chunk=4096), decay=0.95),

@@ -42,6 +42,7 @@ COMPRESSORS = [
     "LookBackSubspace(2, 0.05)",
     "LookBackSubspace(2, 0.05, refresh=2, values='int4', directions='int2')",
     "TopK(0.3, values='int2', chunk=8)",
+    "TopK(0.3, values='sign')",
     "ErrorFeedback(TopK(0.3, chunk=16), decay=0.75)",
 ]
 # Number of elements, and the step of the positions.

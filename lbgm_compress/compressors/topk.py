@@ -65,7 +65,8 @@ class TopK(Compressor):
         Fraction of the entries to send, above 0 and at most 1.
     values
         Precision of the values: "float64", "float32", "float16", "bfloat16", or "int8", "int4" and
-        "int2" in blocks of 256 values with a scale each. The values of a tensor whose dtype is
+        "int2" in blocks of 256 values with a scale each, or "sign", the signs and the mean
+        magnitude of each block (arXiv 1903.02891). The values of a tensor whose dtype is
         narrower are sent in that dtype.
     chunk
         Number of elements of a chunk, at least 1; None for one chunk that is the whole tensor.

@@ -8,7 +8,7 @@ this order::
     4 * B         precision int8 or less   float32 scale of each of the B = ceil(count / 256) blocks
     ceil(s * count / 8)  always            the values, s bits each, the first in the lowest bits
                                            (float32 32, float16 and bfloat16 16, int8 8, int4 4,
-                                           int2 2; float64 64)
+                                           int2 2, sign 1; float64 64)
 
 The precision in use is the narrower of the requested one and the tensor's own dtype. A dtype that
 is no wider than the requested precision is sent bit for bit. A section is *scaled* if the precision
@@ -24,7 +24,9 @@ tensor's dtype:
   root mean square, at which normally distributed values lose 12 % of their energy (Max, "Quantizing
   for minimum distortion", IRE Transactions on Information Theory 6 (1960), table II), or 2/3 of the
   mean magnitude, at which the largest 1 in 64 of them lose 1.2 % instead of 18 %, whichever loses
-  less.
+  less;
+- sign: 1 is sent for q = 1 and 0 for q = -1, and c is the block's mean magnitude (sparse ternary
+  compression, arXiv 1903.02891).
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ PRECISIONS = {
     "int8": Precision(8, None),
     "int4": Precision(4, None),
     "int2": Precision(2, None),
+    "sign": Precision(1, None),
 }
 BLOCK = 256
 # Magnitudes of a scaled section lie below 2**TOP.
@@ -183,14 +186,18 @@ def _integers(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if count % BLOCK:
         values = torch.nn.functional.pad(values, (0, -count % BLOCK))
     table = values.reshape(rows, -(-count // BLOCK), BLOCK)
-    if bits == 2:
+    if bits <= 2:
         # After division by the largest magnitude, squares neither overflow nor vanish.
         top = table.abs().amax(2, keepdim=True)
         unit = (table / top).nan_to_num_(0.0)
         lengths = torch.full((table.shape[1],), BLOCK, device=values.device)
         lengths[-1:] -= -count % BLOCK
-        scales = _scales_of_two_bits(unit, lengths) * top
-        integers = (table / scales).nan_to_num_(0.0).floor_().clamp_(-2, 1).add_(2)
+        if bits == 2:
+            scales = _scales_of_two_bits(unit, lengths) * top
+            integers = (table / scales).nan_to_num_(0.0).floor_().clamp_(-2, 1).add_(2)
+        else:
+            scales = (unit.abs().sum(2) / lengths)[:, :, None] * top
+            integers = (table >= 0).float()
     else:
         scales = table.abs().amax(2, keepdim=True) / LARGEST[bits]
         integers = (table / scales).nan_to_num_(0.0).round_()
@@ -282,4 +289,4 @@ def _table(bits: int, offset: float) -> Tensor:
     return (octets >> torch.arange(0, 8, bits) & ((1 << bits) - 1)).float() - offset
 
 
-TABLES = {4: _table(4, 8), 2: _table(2, 1.5)}
+TABLES = {4: _table(4, 8), 2: _table(2, 1.5), 1: 2 * _table(1, 0.5)}
