@@ -1114,6 +1114,57 @@ def test_example_of_a_gpt_trains_under_torchrun(tmp_path):
     assert float(last.split(" bits a parameter")[0].split()[-1]) < 0.5
 
 
+# --- uses that would lose something ---------------------------------------------------------------
+
+
+def test_nothing_trains_or_is_saved_within_common_model(three):
+    def use(rank):
+        run = Trained(three.transports[rank], TopK(0.1))
+        run.go(0, 2)
+        training = run.training
+        with training.common_model():
+            for call in (
+                training.step,
+                training.finish,
+                training.state_dict,
+                lambda: training.load_state_dict({}),
+                training.common_model().__enter__,
+            ):
+                with pytest.raises(
+                    RuntimeError, match="within common_model\\(\\): leave the block"
+                ):
+                    call()
+        run.go(2, 8)
+        return run.finished()
+
+    assert_replicas_agree(three.run(use))
+
+
+def test_a_model_that_is_loaded_before_diloco_is_built_is_noticed(three):
+    """Building it gives all ranks the parameters of rank 0."""
+
+    def save(rank):
+        run = Trained(three.transports[rank], TopK(0.1))
+        run.go(0, 8)
+        return copy.deepcopy(run.state())
+
+    saved = three.run(save)
+
+    def load(rank):
+        run = Trained(three.transports[rank], TopK(0.1))
+        before = run.training.stats()
+        run.training.load_state_dict(saved[rank][2])
+        # What was sent before the state was saved is not counted here.
+        assert run.training.stats() == before
+        assert run.training.local_step == 8
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        three.run(load)
+    expected = "build DiLoCo first, then load the model"
+    assert sum(expected in str(warning.message) for warning in told) == 3
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ METHODS = {
     "top 1/64 in memory": Method(TopK(1 / 64, "int2"), outer_lr=1.0, outer_momentum=0.5),
     "subspaces in memory": Method(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
     "top 1/66 in model": Method(TopK(1 / 66, "sign"), "model", FINAL, 1.0, 0.65),
-    "top 1/290 in model": Method(TopK(1 / 290, "sign"), "model", FINAL, 1.0, 0.8),
+    "top 1/300 in model": Method(TopK(1 / 300, "sign"), "model", FINAL, 1.0, 0.8),
     "subspaces in model": Method(
         LookBackSubspace(4, 0.5, refresh=4, values="int2"), "model", FINAL, 1.0, 0.5
     ),
@@ -63,7 +63,7 @@ METHODS = {
     "data-parallel": Method(every_step="adamw", text="AdamW, gradients averaged every step"),
     "dense with Muon": Method(Identity(), inner="muon"),
     "2 bits with Muon": Method(TopK(1.0, "int2"), inner="muon", text="as MuLoCo"),
-    "top 1/290 in model with Muon": Method(
-        TopK(1 / 290, "sign"), "model", FINAL, 1.0, 0.8, inner="muon"
+    "top 1/300 in model with Muon": Method(
+        TopK(1 / 300, "sign"), "model", FINAL, 1.0, 0.8, inner="muon"
     ),
 }

@@ -18,7 +18,7 @@ from lbgm_compress.collective.transport import Transport
 from lbgm_compress.decoded import Decoded
 from lbgm_compress.endpoints import Sender
 
-__all__ = ["CommonAverager", "CommonModel", "share", "share_bytes"]
+__all__ = ["CommonAverager", "CommonModel", "average_buffers", "digest_of", "share", "share_bytes"]
 
 DIGEST_SIZE = 16
 # Transports without sends of their own gather as many bytes from each rank.
@@ -50,19 +50,12 @@ class CommonModel:
 
     def digest(self) -> bytes:
         """Return a hash of the copies and of the outer optimizer's state."""
-        hashed = hashlib.blake2b(digest_size=DIGEST_SIZE)
         tensors: list[Any] = list(self.tensors.values())
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
                 tensors += [state[key] for key in sorted(state)]
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                flat = tensor.detach().contiguous().reshape(-1)
-                hashed.update(flat.view(torch.uint8).cpu().numpy().data)
-            else:
-                hashed.update(repr(tensor).encode())
-        return hashed.digest()
+        return digest_of(tensors)
 
     def fetch(self, transport: Transport, source: int, device: torch.device, wanted: bool) -> None:
         """Get the copies and the outer optimizer's state of rank `source`, for `install`.
@@ -250,6 +243,34 @@ class CommonAverager(Averager):
             f"states of different steps: they go on from that of rank {source}",
             stacklevel=2,
         )
+
+
+def digest_of(values: Iterable[Any]) -> bytes:
+    """Return a hash of tensors, bit for bit, and of other values."""
+    hashed = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    for value in values:
+        if isinstance(value, Tensor):
+            flat = value.detach().contiguous().reshape(-1)
+            hashed.update(flat.view(torch.uint8).cpu().numpy().data)
+        else:
+            hashed.update(repr(value).encode())
+    return hashed.digest()
+
+
+def average_buffers(transport: Transport, buffers: Iterable[Tensor], weight: float) -> None:
+    """Replace buffers by their means over all ranks, of which this one has the share `weight`.
+
+    Those that are not of floating point become those of rank 0. All ranks call it together.
+    """
+    for buffer in buffers:
+        if not buffer.is_floating_point():
+            share(transport, 0, [buffer])
+        elif buffer.numel():
+            # In float64, so that a constant is its own mean.
+            flat = buffer.detach().reshape(-1).to(torch.float64) * weight
+            # By sends, since a collective of gloo just before a program ends may abort it: see
+            # ProcessGroupTransport._swap.
+            buffer.detach().copy_(Transport.all_reduce(transport, flat).view(buffer.shape))
 
 
 def share(transport: Transport, source: int, tensors: Iterable[Tensor]) -> None:

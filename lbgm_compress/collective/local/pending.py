@@ -15,7 +15,10 @@ from lbgm_compress.collective.local.node import FORMAT
 __all__ = ["Exchanged", "Pending", "check_state"]
 
 STATE_KEYS = frozenset(
-    {"format", "averager", "common", "outer", "local_step", "exchanges", "clock", "pending"}
+    {
+        *("format", "averager", "common", "outer", "own"),
+        *("local_step", "exchanges", "clock", "pending"),
+    }
 )
 Exchanged = tuple[dict[str, Tensor], dict[str, Tensor]]
 """The averages, and what this rank's message left out."""

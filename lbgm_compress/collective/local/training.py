@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.background import Worker, ready_event, stream_after
-from lbgm_compress.collective.local.common_model import CommonAverager, CommonModel, share
+from lbgm_compress.collective.local.common_model import (
+    CommonAverager,
+    CommonModel,
+    average_buffers,
+    digest_of,
+)
 from lbgm_compress.collective.local.node import FORMAT, News, Node
 from lbgm_compress.collective.local.options import (
     check_optimizers,
@@ -162,6 +167,9 @@ class LocalTraining(Rounds):
         self._node = node
         # What the node is told next.
         self._changed: set[str] = set()
+        self._shows_common = False
+        # What loaded states have added to the counters.
+        self._loaded_steps = self._loaded_exchanges = 0
         self._forgotten: set[str] = set()
         everything = [*model.parameters(), *model.buffers()]
         with torch.no_grad(), self._telling():
@@ -171,6 +179,14 @@ class LocalTraining(Rounds):
         self._worker = Worker(self) if delay else None
 
     # --- rounds -------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        self._check_own()
+        super().step()
+
+    def _check_own(self) -> None:
+        if self._shows_common:
+            raise RuntimeError("no training and no state within common_model(): leave the block")
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -375,6 +391,7 @@ class LocalTraining(Rounds):
         """
         if self._starts_over:
             self._start_over()
+        self._check_own()
         if self._pending is not None:
             self._apply()
         with self._telling():
@@ -395,7 +412,7 @@ class LocalTraining(Rounds):
                     common.sub_(average)
                 self._parameters[name].detach().copy_(common)
             self._changed.update(averages)
-            self._finish_buffers()
+            average_buffers(self._averager.transport, self.model.buffers(), self._averager.share)
         if self._node is not None:
             self._node.share_all(self.model.buffers())
 
@@ -411,32 +428,24 @@ class LocalTraining(Rounds):
         self._final_bytes[1] += found["dense_bytes"]
         return averages
 
-    def _finish_buffers(self) -> None:
-        transport = self._averager.transport
-        for buffer in self.model.buffers():
-            if not buffer.is_floating_point():
-                share(transport, 0, [buffer])
-            elif buffer.numel():
-                # In float64, so that a constant is its own mean.
-                flat = buffer.detach().reshape(-1).to(torch.float64) * self._averager.share
-                # By sends, since a collective of gloo just before a program ends may abort it: see
-                # ProcessGroupTransport._swap.
-                buffer.detach().copy_(Transport.all_reduce(transport, flat).view(buffer.shape))
-
     @contextlib.contextmanager
     def common_model(self) -> Iterator[nn.Module]:
         """Let the model have the common parameters within a ``with`` block, such as to evaluate it.
 
-        They are the same on all ranks. The worker's own come back afterwards.
+        They are the same on all ranks. The worker's own come back afterwards. There is no training
+        within the block.
         """
+        self._check_own()
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         try:
+            self._shows_common = True
             for name, parameter in self._parameters.items():
                 parameter.detach().copy_(self._common.tensors[name])
             yield self.model
         finally:
             for name, parameter in self._parameters.items():
                 parameter.detach().copy_(own[name])
+            self._shows_common = False
 
     def stats(self) -> dict[str, Any]:
         """Return what this rank has sent since it was built, the exchanges of `finish` included.
@@ -453,14 +462,14 @@ class LocalTraining(Rounds):
         message = found["message_bytes"] + self._final_bytes[0]
         dense = found["dense_bytes"] + self._final_bytes[1]
         size = sum(p.numel() for p in self._parameters.values())
+        steps = self.local_step - self._loaded_steps
         return {
-            "message_bytes": message,
-            "dense_bytes": dense,
+            **{"message_bytes": message, "dense_bytes": dense},
             "ratio": message / dense if dense else 0.0,
             "recycled_share": found["recycled_share"],
-            "exchanges": self.exchanges,
-            "local_steps": self.local_step,
-            "bits_per_step": 8 * message / size / self.local_step if self.local_step else 0.0,
+            "exchanges": self.exchanges - self._loaded_exchanges,
+            "local_steps": steps,
+            "bits_per_step": 8 * message / size / steps if steps else 0.0,
         }
 
     # --- saved states -------------------------------------------------------------------------
@@ -472,6 +481,7 @@ class LocalTraining(Rounds):
         model and inner optimizer, which differ from rank to rank: each rank saves its own. An
         exchange under way is waited for, and is applied when it is due.
         """
+        self._check_own()
         pending = None
         if self._pending is not None and self._due is not None:
             pending = self._pending.state_dict(self._due)
@@ -480,6 +490,7 @@ class LocalTraining(Rounds):
             "averager": self._averager.state_dict(),
             "common": {name: tensor.clone() for name, tensor in self._common.tensors.items()},
             "outer": self._common.optimizer.state_dict(),
+            "own": digest_of(self._parameters.values()).hex(),
             "local_step": self.local_step,
             "exchanges": self.exchanges,
             "clock": self._clock,
@@ -504,6 +515,7 @@ class LocalTraining(Rounds):
 
     @torch.no_grad()
     def _load(self, state: Mapping[str, Any]) -> None:
+        self._check_own()
         check_state(state, self._common.tensors)
         with contextlib.suppress(Exception):
             # What it raises was raised before, or is of no importance any more.
@@ -520,6 +532,14 @@ class LocalTraining(Rounds):
         for name, tensor in state["common"].items():
             self._common.tensors[name].copy_(tensor)
         self._common.forget_fetched()
+        if not foreign and state["own"] != digest_of(self._parameters.values()).hex():
+            warnings.warn(
+                "the model's parameters are not those beside which this state was saved: build "
+                "DiLoCo first, then load the model, the inner optimizer and this state",
+                stacklevel=5,
+            )
+        self._loaded_steps += state["local_step"] - self.local_step
+        self._loaded_exchanges += state["exchanges"] - self.exchanges
         self.local_step, self.exchanges = state["local_step"], state["exchanges"]
         self._clock = state["clock"]
         self._averager.position = self.exchanges
