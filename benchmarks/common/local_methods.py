@@ -53,6 +53,7 @@ METHODS = {
     ),
     "top 1/64 in memory": Method(TopK(1 / 64, "int2"), outer_lr=1.0, outer_momentum=0.5),
     "subspaces in memory": Method(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
+    "top 1/25 in model": Method(TopK(1 / 25, "sign"), "model", FINAL, 1.0, 0.65),
     "top 1/66 in model": Method(TopK(1 / 66, "sign"), "model", FINAL, 1.0, 0.65),
     "top 1/300 in model": Method(TopK(1 / 300, "sign"), "model", FINAL, 1.0, 0.8),
     "subspaces in model": Method(
