@@ -793,7 +793,11 @@ DIFFERENT = {
     "final": ({"final": TopK(0.5)}, {}, "final TopK(0.5) where rank 1 has final Identity()"),
     "delay": ({"delay": 1}, {}, "delay 1 where rank 1 has delay 0"),
     "fragments": ({"fragments": 2}, {}, "fragments 2 where rank 1 has fragments 1"),
-    "outer optimizer": ({"lr": 0.7}, {"lr": 0.5}, "'lr': 0.7"),
+    "outer optimizer": (
+        {"lr": 0.7},
+        {"lr": 0.5},
+        "rank 0 has outer_optimizer lr 0.7 where rank 1 has outer_optimizer lr 0.5",
+    ),
     "model": ({"model": Small}, {"model": Net}, "where rank 1 has parameter 'layers.0.weight' of"),
     "buffers": ({"model": Odd}, {"model": lambda: other_buffer()}, "buffer 'mask' of shape (3,)"),
 }
@@ -849,6 +853,8 @@ def test_all_exchanges_are_counted_the_last_one_too():
         assert stats["dense_bytes"] == 4 * 4 * size
         # Four bits a parameter, and scales.
         assert size / 2 < stats["message_bytes"] - before["message_bytes"] < size
+        assert before["final_bytes"] == 0
+        assert stats["final_bytes"] == stats["message_bytes"] - before["message_bytes"]
         assert stats["ratio"] == stats["message_bytes"] / stats["dense_bytes"]
         assert stats["bits_per_step"] == 8 * stats["message_bytes"] / size / (3 * EVERY)
 

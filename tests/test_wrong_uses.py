@@ -357,6 +357,7 @@ WRONG = [
     ),
     (lambda: DiLoCo(Model(), None, LBGM()), "inner_optimizer must be a torch.optim.Optimizer, not"),
     (lambda: DiLoCo(Model(), sgd(), LBGM()), "inner_optimizer has none of the model's parameters"),
+    (lambda: diloco("int4"), "compressor: expected a compressor such as LBGM(TopK(0.01)), not str"),
     (lambda: diloco(TopK), "not the class TopK: write TopK(...), with brackets"),
     (
         lambda: diloco(LBGM(ErrorFeedback(TopK(0.1)))),
@@ -364,10 +365,10 @@ WRONG = [
     ),
     (lambda: diloco(residual="buffer"), "residual must be one of model, memory, not 'buffer'"),
     (lambda: diloco(sync_every=0), "sync_every must be a whole number of at least 1, not 0"),
-    (lambda: diloco(delay=30), "delay must be below sync_every / fragments, 30, not 30"),
-    (lambda: diloco(fragments=3, delay=10), "delay must be below sync_every / fragments, 10, not"),
-    (lambda: diloco(fragments=4), "fragments=4 of a model with 3 parameters"),
-    (lambda: diloco(fragments=4, sync_every=3), "fragments=4 is above sync_every=3"),
+    (lambda: diloco(delay=30), "delay must be below 30 (sync_every / fragments), not 30"),
+    (lambda: diloco(fragments=3, delay=10), "delay must be below 10 (sync_every / fragments), not"),
+    (lambda: diloco(fragments=4), "at most the number of parameter tensors, 3, not 4"),
+    (lambda: diloco(fragments=4, sync_every=3), "fragments must be at most sync_every, 3, not 4"),
     (
         lambda: diloco(outer_optimizer=0.7),
         "outer_optimizer must be a torch.optim.Optimizer, not fl",
@@ -376,7 +377,10 @@ WRONG = [
     (diloco_of_one_optimizer, "are the same object: each needs its own state"),
     (diloco_with_a_part_of_the_outer_parameters, "does not have the parameter 'embedding.weight'"),
     (diloco_unfrozen, "does not have the parameter 'embedding.weight', which is trained: build it"),
-    (lambda: diloco(final="int4"), "expected a compressor such as LBGM(TopK(0.01)), not str"),
+    (
+        lambda: diloco(final="int4"),
+        "final: expected a compressor such as LBGM(TopK(0.01)), not s",
+    ),
     (lambda: diloco(accept=True), "accept must be a function of the averages, not True"),
     (lambda: diloco(weight=0), "weight must be above 0 and finite, not 0"),
     (lambda: diloco(process_group=3), "must be a torch.distributed.ProcessGroup, not 3"),
@@ -393,6 +397,10 @@ WRONG = [
     (
         lambda: diloco(TopK(0.1)).load_state_dict(diloco().state_dict()),
         "the state is that of LBGM(), and this end uses TopK(0.1)",
+    ),
+    (
+        lambda: diloco(residual="memory").load_state_dict(diloco().state_dict()),
+        'the state was saved with residual="model", and residual is "memory" here',
     ),
     (
         lambda: diloco(model=nn.Linear(2, 2)).load_state_dict(diloco().state_dict()),

@@ -221,9 +221,10 @@ class DiLoCo:
         -------
         dict
             ``message_bytes`` and ``dense_bytes`` of all exchanges, their ``ratio``,
-            ``recycled_share`` (the share of tensors sent as a coefficient alone), ``exchanges``,
-            ``local_steps``, and ``bits_per_step``: bits for each parameter and inner step. All of
-            the bytes are 0 on the ranks of a node other than the first.
+            ``final_bytes`` (the message bytes of `finish` alone), ``recycled_share`` (the share of
+            tensors sent as a coefficient alone), ``exchanges``, ``local_steps``, and
+            ``bits_per_step``: bits for each parameter and inner step. All of the bytes are 0 on the
+            ranks of a node other than the first.
         """
         return self._training.stats()
 

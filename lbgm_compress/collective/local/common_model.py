@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.collective.averager import Averager
+from lbgm_compress.collective.local.warned import warn
 from lbgm_compress.collective.saved import check_saved
 from lbgm_compress.collective.transport import Transport
 from lbgm_compress.decoded import Decoded
@@ -198,11 +198,10 @@ class CommonAverager(Averager):
             state = {**state, "rank": rank, "sender": fresh}
         self.load_state_dict(state)
         if owner != rank:
-            warnings.warn(
+            warn(
                 f"the state is that of rank {owner} of {state['world_size']}, and this is rank "
                 f"{rank} of {self.transport.size}, which goes on from the common model: have every "
-                "rank save and load its own state, model and inner optimizer",
-                stacklevel=4,
+                "rank save and load its own state, model and inner optimizer"
             )
         return bool(owner != rank)
 
@@ -238,10 +237,10 @@ class CommonAverager(Averager):
         differing = [rank for rank, of in enumerate(digests) if of != digests[source]]
         wanted = self.transport.rank in differing
         self.common.fetch(self.transport, source, self._device, wanted)
-        warnings.warn(
+        warn(
             f"ranks {differing} have other common models than rank {source}, as after loading "
-            f"states of different steps: they go on from that of rank {source}",
-            stacklevel=2,
+            "states of different steps, or a rank has loaded no state: they go on from that of "
+            f"rank {source}"
         )
 
 

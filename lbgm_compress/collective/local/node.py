@@ -190,6 +190,7 @@ class Follower(Rounds):
             "message_bytes": 0,
             "dense_bytes": 0,
             "ratio": 0.0,
+            "final_bytes": 0,
             "recycled_share": 0.0,
             "exchanges": self.exchanges,
             "local_steps": self.local_step,

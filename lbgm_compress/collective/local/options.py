@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ __all__ = [
     "check_optimizers",
     "check_options",
     "check_same",
-    "described",
+    "described_buffers",
+    "described_options",
     "divided",
     "parameters_of",
 ]
@@ -37,6 +39,13 @@ def check_options(
     weight: Any,
 ) -> None:
     """Raise `TypeError` or `ValueError` unless options are of their types and in their ranges."""
+    for name, of in {"compressor": compressor, "final": final}.items():
+        if of is None and name == "final":
+            continue
+        try:
+            check_compressor(of)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
     Averager.check_options(compressor, 0, weight, 1.0)
     check_whole("sync_every", sync_every, 1)
     check_choice("residual", residual, RESIDUALS)
@@ -44,16 +53,14 @@ def check_options(
     check_whole("delay", delay, 0)
     if fragments > sync_every:
         raise ValueError(
-            f"fragments={fragments} is above sync_every={sync_every}: each fragment is exchanged "
-            "after another step"
+            f"fragments must be at most sync_every, {sync_every}, not {fragments}: at most one "
+            "fragment is exchanged after each step"
         )
     if delay >= sync_every // fragments:
         raise ValueError(
-            f"delay must be below sync_every / fragments, {sync_every // fragments}, not {delay}: "
+            f"delay must be below {sync_every // fragments} (sync_every / fragments), not {delay}: "
             "an exchange is over before the next begins"
         )
-    if final is not None:
-        check_compressor(final)
     if accept is not None and not callable(accept):
         raise TypeError(f"accept must be a function of the averages, not {accept!r}")
     if residual == "model" and compressor.has_residual:
@@ -116,12 +123,20 @@ def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def described(model: nn.Module, outer: torch.optim.Optimizer, **options: Any) -> list[str]:
-    """Return lines that must be the same on all ranks: of options and of what is exchanged."""
+def described_options(outer: torch.optim.Optimizer, **options: Any) -> list[str]:
+    """Return a line for each option, those of the outer optimizer's groups among them."""
     lines = [f"{name} {value}" for name, value in options.items()]
-    for group in outer.param_groups:
-        settings = {name: value for name, value in group.items() if name != "params"}
-        lines.append(f"outer_optimizer {type(outer).__name__} with {settings}")
+    lines.append(f"outer_optimizer {type(outer).__name__}")
+    for number, group in enumerate(outer.param_groups):
+        place = f"group {number} " if len(outer.param_groups) > 1 else ""
+        settings = {name: of for name, of in group.items() if name not in ("params", "param_names")}
+        lines += [f"outer_optimizer {place}{name} {of}" for name, of in settings.items()]
+    return lines
+
+
+def described_buffers(model: nn.Module) -> list[str]:
+    """Return a line for each tensor of the model that is shared, and is not averaged by steps."""
+    lines = []
     others = {n: p for n, p in model.named_parameters() if not may_have_gradient(p)}
     for name, buffer in {**others, **dict(model.named_buffers())}.items():
         lines.append(f"buffer {name!r} of shape {tuple(buffer.shape)} and {buffer.dtype}")
@@ -132,7 +147,7 @@ def check_same(transport: Transport, lines: Sequence[str], device: torch.device)
     """Raise `ValueError` on all ranks, which call it together, unless their lines are the same."""
     theirs = [text.split("\n") for text in gather_texts(transport, "\n".join(lines), device)]
     for rank, other in enumerate(theirs):
-        for mine, line in zip(theirs[0], other, strict=True):
+        for mine, line in itertools.zip_longest(theirs[0], other, fillvalue="nothing"):
             if mine != line:
                 raise ValueError(
                     f"the ranks were given different options: rank 0 has {mine} where rank {rank} "
@@ -150,8 +165,8 @@ def divided(parameters: Mapping[str, Tensor], count: int) -> list[list[str]]:
     """
     if count > len(parameters):
         raise ValueError(
-            f"fragments={count} of a model with {len(parameters)} parameters: each fragment has at "
-            "least one"
+            f"fragments must be at most the number of parameter tensors, {len(parameters)}, not "
+            f"{count}"
         )
     rest = sum(p.numel() for p in parameters.values())
     names = list(parameters)

@@ -50,8 +50,11 @@ class Pending:
         return pending
 
 
-def check_state(state: Any, common: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` unless this is a state of local training of these parameters."""
+def check_state(state: Any, common: Mapping[str, Tensor], residual: str) -> None:
+    """Raise `ValueError` unless this is a state of local training with these parameters.
+
+    Earlier states do not name `residual`.
+    """
     if isinstance(state, Mapping) and "exchanges" in state and "averager" not in state:
         raise ValueError(
             "this is the state of a rank that does not exchange: load the one that the first rank "
@@ -61,6 +64,12 @@ def check_state(state: Any, common: Mapping[str, Tensor]) -> None:
         raise ValueError("this is not a state of local training, as DiLoCo.state_dict() returns it")
     if state["format"] != FORMAT:
         raise ValueError(f"the state has format {state['format']}, this release reads {FORMAT}")
+    found = state.get("residual", residual)
+    if found != residual:
+        raise ValueError(
+            f'the state was saved with residual="{found}", and residual is "{residual}" here: '
+            "build DiLoCo with the residual of the state"
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in state["common"].items()}
     expected = {name: tuple(tensor.shape) for name, tensor in common.items()}
     if shapes != expected:

@@ -10,8 +10,6 @@ x = w_new - (w - x - decoded), or in the compressor's residual.
 from __future__ import annotations
 
 import contextlib
-import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -25,18 +23,20 @@ from lbgm_compress.collective.local.common_model import (
     CommonAverager,
     CommonModel,
     average_buffers,
-    digest_of,
 )
-from lbgm_compress.collective.local.node import FORMAT, News, Node
+from lbgm_compress.collective.local.node import News, Node
 from lbgm_compress.collective.local.options import (
     check_optimizers,
     check_options,
-    described,
+    check_same,
+    described_buffers,
+    described_options,
     divided,
     parameters_of,
 )
-from lbgm_compress.collective.local.pending import Exchanged, Pending, check_state
-from lbgm_compress.collective.local.rounds import Rounds
+from lbgm_compress.collective.local.pending import Exchanged, Pending
+from lbgm_compress.collective.local.saved import SavedRounds
+from lbgm_compress.collective.local.warned import warn
 from lbgm_compress.collective.transport import Transport
 from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.error_feedback import ErrorFeedback
@@ -47,7 +47,7 @@ __all__ = ["LocalTraining"]
 Accept = Callable[[dict[str, Tensor]], bool]
 
 
-class LocalTraining(Rounds):
+class LocalTraining(SavedRounds):
     """Local training of one worker, on any transport.
 
     All ranks build it together, for models with the same parameters, and call `step` after each
@@ -146,20 +146,20 @@ class LocalTraining(Rounds):
             )
         self._device = next(iter(parameters.values())).device
         self._common = CommonModel(parameters, outer_optimizer)
+        options = described_options(
+            outer_optimizer,
+            sync_every=sync_every,
+            residual=residual,
+            fragments=fragments,
+            delay=delay,
+            final=self._final,
+        )
         self._averager = CommonAverager(
             compressor,
             self._common.tensors,
             transport,
             weight=weight,
-            must_match=described(
-                model,
-                outer_optimizer,
-                sync_every=sync_every,
-                residual=residual,
-                fragments=fragments,
-                delay=delay,
-                final=self._final,
-            ),
+            must_match=[*options, *described_buffers(model)],
             common=self._common,
         )
         # Bytes of the exchanges of `finish`: of messages, and of dense ones.
@@ -168,11 +168,11 @@ class LocalTraining(Rounds):
         # What the node is told next.
         self._changed: set[str] = set()
         self._shows_common = False
-        # What loaded states have added to the counters.
         self._loaded_steps = self._loaded_exchanges = 0
         self._forgotten: set[str] = set()
         everything = [*model.parameters(), *model.buffers()]
         with torch.no_grad(), self._telling():
+            check_same(transport, options, self._device)
             self._averager.start(everything, parameters)
         if node is not None:
             node.share_all(everything)
@@ -335,10 +335,9 @@ class LocalTraining(Rounds):
         self._changed.update(names)
         if names and forget:
             self._forgotten.update(names)
-            warnings.warn(
+            warn(
                 f"{len(names)} of this worker's parameters have inf or nan, and go on from the "
-                "common model, without their inner optimizer's state",
-                stacklevel=3,
+                "common model, without their inner optimizer's state"
             )
 
     @torch.no_grad()
@@ -401,10 +400,9 @@ class LocalTraining(Rounds):
             averages = self._final_average()
             finite = all(bool(average.isfinite().all()) for average in averages.values())
             if not finite:
-                warnings.warn(
+                warn(
                     "the mean of the workers' models is out of range: all workers end with the "
-                    "common model of the last exchange",
-                    stacklevel=2,
+                    "common model of the last exchange"
                 )
             for name, average in averages.items():
                 common = self._common.tensors[name]
@@ -454,8 +452,9 @@ class LocalTraining(Rounds):
         -------
         dict
             ``message_bytes`` and ``dense_bytes`` of all exchanges, their ``ratio``,
-            ``recycled_share`` (the share of tensors sent as a coefficient alone), ``exchanges``,
-            ``local_steps``, and ``bits_per_step``: bits for each parameter and inner step.
+            ``final_bytes`` (the message bytes of `finish` alone), ``recycled_share`` (the share of
+            tensors sent as a coefficient alone), ``exchanges``, ``local_steps``, and
+            ``bits_per_step``: bits for each parameter and inner step.
         """
         self._wait()
         found = self._averager.stats()
@@ -466,85 +465,9 @@ class LocalTraining(Rounds):
         return {
             **{"message_bytes": message, "dense_bytes": dense},
             "ratio": message / dense if dense else 0.0,
+            "final_bytes": self._final_bytes[0],
             "recycled_share": found["recycled_share"],
             "exchanges": self.exchanges - self._loaded_exchanges,
             "local_steps": steps,
             "bits_per_step": 8 * message / size / steps if steps else 0.0,
         }
-
-    # --- saved states -------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state as a nested dict of tensors and numbers.
-
-        It has the common model and the outer optimizer's state, and goes beside the worker's own
-        model and inner optimizer, which differ from rank to rank: each rank saves its own. An
-        exchange under way is waited for, and is applied when it is due.
-        """
-        self._check_own()
-        pending = None
-        if self._pending is not None and self._due is not None:
-            pending = self._pending.state_dict(self._due)
-        return {
-            "format": FORMAT,
-            "averager": self._averager.state_dict(),
-            "common": {name: tensor.clone() for name, tensor in self._common.tensors.items()},
-            "outer": self._common.optimizer.state_dict(),
-            "own": digest_of(self._parameters.values()).hex(),
-            "local_step": self.local_step,
-            "exchanges": self.exchanges,
-            "clock": self._clock,
-            "pending": pending,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called; the model and the inner optimizer are loaded apart.
-
-        The next exchange compares the ranks first. If their common models differ, as those of
-        different steps do, all go on from that of the rank with the most exchanges. With the state
-        of another rank the worker goes on from the common model, with a warning. An exchange under
-        way is waited for, and is not applied.
-
-        Raises
-        ------
-        ValueError
-            If it is the state of another compressor or model, or no such state. Nothing is changed.
-        """
-        with self._telling():
-            self._load(state)
-
-    @torch.no_grad()
-    def _load(self, state: Mapping[str, Any]) -> None:
-        self._check_own()
-        check_state(state, self._common.tensors)
-        with contextlib.suppress(Exception):
-            # What it raises was raised before, or is of no importance any more.
-            self._wait()
-        outer = self._common.optimizer
-        before = outer.state_dict()
-        # A copy, since optimizers go on in the tensors that they are given.
-        outer.load_state_dict(copy.deepcopy(state["outer"]))
-        try:
-            foreign = self._averager.load(state["averager"])
-        except BaseException:
-            outer.load_state_dict(before)
-            raise
-        for name, tensor in state["common"].items():
-            self._common.tensors[name].copy_(tensor)
-        self._common.forget_fetched()
-        if not foreign and state["own"] != digest_of(self._parameters.values()).hex():
-            warnings.warn(
-                "the model's parameters are not those beside which this state was saved: build "
-                "DiLoCo first, then load the model, the inner optimizer and this state",
-                stacklevel=5,
-            )
-        self._loaded_steps += state["local_step"] - self.local_step
-        self._loaded_exchanges += state["exchanges"] - self.exchanges
-        self.local_step, self.exchanges = state["local_step"], state["exchanges"]
-        self._clock = state["clock"]
-        self._averager.position = self.exchanges
-        self._pending, self._due, self._starts_over = None, None, foreign
-        saved = state["pending"]
-        if saved is not None:
-            self._pending = Pending.loaded(saved, self._device, own=not foreign)
-            self._due = saved["due"]
