@@ -535,7 +535,12 @@ def test_when_a_rank_dies_the_others_fail_within_the_time_out(delay):
     for failed in (first, third):
         assert isinstance(failed, Failed)
         assert failed.kind == "RuntimeError"
-        assert re.search("closed by peer|reset by peer|[Tt]imed out", failed.message)
+        # With a delay the steps go on until the exchange is to be applied.
+        assert re.fullmatch(
+            "exchange 2, step 1[2-5]: another rank is gone or did not answer in time: load a "
+            "checkpoint to go on",
+            failed.message,
+        )
 
 
 def leave(rank):
@@ -553,6 +558,7 @@ def test_an_error_within_the_block_is_not_held_up_by_the_other_ranks():
     first, second = run_ranks(leave, 2, failures=True, timeout=40, group_timeout=10)
     assert (second.kind, second.message) == ("ArithmeticError", "the loss is too large")
     assert first.kind == "RuntimeError"
+    assert first.message.startswith("exchange 2, step 12: another rank is gone or did not answer")
 
 
 @pytest.mark.parametrize("delay", [0, 2])
@@ -1169,6 +1175,41 @@ def test_a_model_that_is_loaded_before_diloco_is_built_is_noticed(three):
         three.run(load)
     expected = "build DiLoCo first, then load the model"
     assert sum(expected in str(warning.message) for warning in told) == 3
+
+
+def finish_without_a_step(rank):
+    model = Small()
+    other = adamw(model)
+    diloco = DiLoCo(model, adamw(model), TopK(0.1), EVERY)
+    for step in range(EVERY + 2):
+        inner_step(model, other, rank, step)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        diloco.finish()
+    return [(str(of.message), of.filename) for of in told]
+
+
+def test_finish_tells_of_an_optimizer_that_took_no_step():
+    for [(message, file)] in run_ranks(finish_without_a_step, 2):
+        assert message.startswith("the optimizer given to DiLoCo took no step: is it the one that")
+        # The warning points at the line that calls `finish`.
+        assert Path(file).name == "test_diloco.py"
+
+
+def finish_too_late(rank):
+    model = Small()
+    optimizer = adamw(model)
+    with DiLoCo(model, optimizer, TopK(0.1), EVERY):
+        inner_step(model, optimizer, rank, 0)
+        dist.destroy_process_group()
+
+
+def test_finish_after_the_group_is_destroyed_is_told():
+    for failed in run_ranks(finish_too_late, 2, failures=True):
+        assert (failed.kind, failed.message) == (
+            "RuntimeError",
+            "the process group is destroyed: call finish() before destroy_process_group()",
+        )
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

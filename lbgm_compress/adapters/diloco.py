@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress._util.groups import check_group, default_group, group_like
 from lbgm_compress.collective.local import LocalTraining
+from lbgm_compress.collective.local.group import GroupTransport
 from lbgm_compress.collective.local.node import Follower, Node
 from lbgm_compress.collective.local.options import (
     check_optimizers,
@@ -23,7 +24,7 @@ from lbgm_compress.collective.local.options import (
     parameters_of,
 )
 from lbgm_compress.collective.local.training import Accept
-from lbgm_compress.collective.transport import ProcessGroupTransport
+from lbgm_compress.collective.local.warned import warn
 from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.identity import Identity
 
@@ -135,7 +136,7 @@ class DiLoCo:
         parameters = parameters_of(self.model)
         check_optimizers(inner_optimizer, outer_optimizer, parameters)
         schedule = {"sync_every": sync_every, "fragments": fragments, "delay": delay}
-        transport = ProcessGroupTransport(group_like(group))
+        transport = GroupTransport(group_like(group))
         device = next(iter(parameters.values())).device
         options = {**schedule, "residual": residual, "compressor": compressor}
         options["final"] = final or Identity()
@@ -144,13 +145,14 @@ class DiLoCo:
         if node_group is not None:
             ranks = sorted(dist.get_process_group_ranks(node_group))
         peers = _peers(transport, ranks, device)
-        node = None
+        node = within = None
         if len(peers) < transport.size:
             # Each rank makes as many groups as the others, since torch numbers them on each rank.
             members = dist.get_process_group_ranks(group)
-            transport = ProcessGroupTransport(group_like(group, [members[peer] for peer in peers]))
+            transport = GroupTransport(group_like(group, [members[peer] for peer in peers]))
             inside = group_like(node_group or group, ranks, patience=2)
-            node = Node(ProcessGroupTransport(inside), parameters, inner_optimizer)
+            within = GroupTransport(inside)
+            node = Node(within, parameters, inner_optimizer)
         self._training: LocalTraining | Follower
         if node is not None and node.transport.rank > 0:
             self._training = Follower(self.model, node, **schedule)
@@ -168,7 +170,11 @@ class DiLoCo:
                 weight=weight,
                 node=node,
             )
+        self._transports = [transport] if within is None else [transport, within]
+        for each in self._transports:
+            each.training = weakref.ref(self._training)
         self._inner = inner_optimizer
+        self._loaded = False
         _counted.add(inner_optimizer)
         self._hook = inner_optimizer.register_step_post_hook(lambda *_: self._training.step())
 
@@ -199,7 +205,18 @@ class DiLoCo:
         RuntimeError
             If another rank failed or cannot be reached.
         """
-        self._training.finish()
+        if self.local_step == 0 and not self._loaded:
+            warn(
+                "the optimizer given to DiLoCo took no step: is it the one that your loop steps? "
+                "Steps of another one are not counted, and nothing is exchanged before finish()"
+            )
+        for transport in self._transports:
+            transport.finishing = True
+        try:
+            self._training.finish()
+        finally:
+            for transport in self._transports:
+                transport.finishing = False
 
     def common_model(self) -> AbstractContextManager[nn.Module]:
         """Return a context in which the model has the common parameters, such as to evaluate it.
@@ -251,6 +268,7 @@ class DiLoCo:
             If it is the state of another compressor or model, or no such state. Nothing is changed.
         """
         self._training.load_state_dict(state)
+        self._loaded = True
 
     def close(self) -> None:
         """Stop counting the inner optimizer's steps; the model stays as it is."""
@@ -284,7 +302,7 @@ def _check_arguments(model: Any, optimizer: Any, compressor: Any) -> None:
         )
 
 
-def _peers(transport: ProcessGroupTransport, ranks: list[int], device: torch.device) -> list[int]:
+def _peers(transport: GroupTransport, ranks: list[int], device: torch.device) -> list[int]:
     """Return the ranks of the transport with this rank's place in their nodes, such as the first.
 
     `ranks` are those of this rank's node.
