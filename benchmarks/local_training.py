@@ -102,13 +102,17 @@ def read_runs(file: Path) -> Runs:
 
 def write_runs(file: Path, runs: Runs) -> None:
     """Write all runs, in an order that does not depend on when they ended."""
-    names = list(METHODS)
 
     def order(run: Run) -> tuple[Any, ...]:
-        known = names.index(run.method) if run.method in names else len(names)
-        return (*run[:5], known, run.method, run.seed)
+        return (*run[:5], *_position(run.method), run.seed)
 
     write_csv(file, Row._fields, [row for run in sorted(runs, key=order) for row in runs[run]])
+
+
+def _position(method: str) -> tuple[int, str]:
+    """Return the place of a method in tables; those of earlier releases come last."""
+    names = list(METHODS)
+    return (names.index(method) if method in names else len(names)), method
 
 
 class Summary(NamedTuple):
@@ -136,7 +140,7 @@ def summaries(runs: Runs, model: str, workers: int, partition: str) -> list[Summ
             by_method.setdefault(run.method, {})[key] = rows[-1]
     dense = by_method.get(DENSE, {})
     found = []
-    for method in sorted(by_method, key=list(METHODS).index):
+    for method in sorted(by_method, key=_position):
         rows = by_method[method]
         above = None
         if rows.keys() <= dense.keys():
@@ -193,7 +197,7 @@ def draw(file: Path, runs: Runs) -> None:
     used = {}
     for axes, (model, workers, partition) in zip(panels, settings, strict=True):
         for row in summaries(runs, model, workers, partition):
-            position = list(METHODS).index(row.method)
+            position = _position(row.method)[0]
             marker = "*" if "in model" in row.method else "o"
             size = 11 if marker == "*" else 6
             [used[row.method]] = axes.plot(
@@ -213,7 +217,7 @@ def draw(file: Path, runs: Runs) -> None:
         )
         tidy(axes)
     panels[0].set_ylabel("test loss at the end, nats a character")
-    handles = [used[name] for name in METHODS if name in used]
+    handles = [used[name] for name in sorted(used, key=_position)]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     atomic_write(file, png(figure))
 
