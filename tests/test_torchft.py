@@ -270,7 +270,9 @@ def diloco(replica: int, compressor: Any, syncs: int, options: dict[str, Any]) -
         for part in fragments
     ]
     history, losses = [], []
-    with DiLoCo(manager, fragments, training.optimizer, outer, sync_every=6, fragment_sync_delay=1):
+    with DiLoCo(
+        manager, fragments, training.optimizer, outer, sync_every=6, fragment_sync_delay=1
+    ) as averaged:
         step = 0
         while manager.current_step() < syncs:
             before = manager.current_step()
@@ -280,6 +282,9 @@ def diloco(replica: int, compressor: Any, syncs: int, options: dict[str, Any]) -
             step += 1
             if manager.current_step() != before:
                 history.append(parameters(fragments[before % 2]))
+    # As the guide says.
+    averaged._restore_parameters()
+    history.append(parameters(model[:4]))
     return history, losses, None if compressor is None else training.group.stats()
 
 
@@ -311,13 +316,14 @@ def test_a_wrong_number_of_fragments_ends_the_training():
         assert "give fragments=2" in result.message
 
 
-def with_another_compressor(replica: int) -> Any:
-    return data_parallel(replica, TopK(0.1 if replica else 0.2), 4, True, True)
+def with_another_compressor(replica: int, loop: bool) -> Any:
+    return data_parallel(replica, TopK(0.1 if replica else 0.2), 4, True, loop)
 
 
 @needs_torchft
-def test_replicas_with_different_compressors_end_with_an_error():
-    for result in run_replicas(with_another_compressor, failures=True):
+@pytest.mark.parametrize("loop", [True, False], ids=["loop", "wrapper"])
+def test_replicas_with_different_compressors_end_with_an_error(loop):
+    for result in run_replicas(with_another_compressor, loop, failures=True):
         assert isinstance(result, Failed)
         assert result.kind == "ValueError"
         assert "replica 0 has compressor TopK(0.2) where replica 1 has compressor TopK(0.1)" in (
@@ -325,18 +331,34 @@ def test_replicas_with_different_compressors_end_with_an_error():
         )
 
 
+def without_attach(replica: int) -> Any:
+    from lbgm_compress.adapters.torchft import CompressedProcessGroup
+
+    with mock.patch.object(CompressedProcessGroup, "attach"):
+        return data_parallel(replica, TopK(0.1), 4, True, False)
+
+
+@needs_torchft
+def test_a_missing_attach_ends_the_wrapper_with_an_error_that_names_it():
+    [result] = run_replicas(without_attach, failures=True, world=1)
+    assert isinstance(result, Failed)
+    assert "call group.attach(manager)" in result.message
+
+
 # --- a replica that dies and comes back -----------------------------------------------------------
 
 TOGETHER = 10
 
 
-def go_on(replica: int, compressor: Any, die: int | None, local: int) -> Any:
+def go_on(replica: int, compressor: Any, die: int | None, local: int, wrapper: bool = False) -> Any:
     """Train until two replicas have made some steps together; kill this one after `die` steps."""
+    from torchft import DistributedDataParallel
     from torchft.local_sgd import DiLoCo
 
     training = Training(replica, compressor, asynchronous=local == 0)
     manager, model = training.manager, training.model
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+    wrapped = DistributedDataParallel(manager, model, bucket_cap_mb=0.01) if wrapper else model
     ranks: list[int] = []
     with contextlib.ExitStack() as stack:
         if local:
@@ -349,12 +371,17 @@ def go_on(replica: int, compressor: Any, die: int | None, local: int) -> Any:
             if not local:
                 manager.start_quorum()
             training.optimizer.zero_grad()
-            training.backward(model, *data(replica, step, batch=64))
+            if wrapper and die is not None and step + 1 >= die:
+                # In a step of both, before the averages.
+                manager.wait_quorum()
+                if manager.num_participants() == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            training.backward(wrapped, *data(replica, step, batch=64))
             step += 1
-            if not local:
+            if not local and not wrapper:
                 for work in [manager.allreduce(p.grad) for p in model.parameters()]:
                     work.wait()
-            if step == die:
+            if step == die and not wrapper:
                 # In the middle of a step.
                 os.kill(os.getpid(), signal.SIGKILL)
             if local or manager.should_commit():
@@ -366,18 +393,23 @@ def go_on(replica: int, compressor: Any, die: int | None, local: int) -> Any:
 
 @needs_torchft
 @pytest.mark.parametrize(
-    ("compressor", "local"),
-    [(ErrorFeedback(TopK(0.1)), 0), (LBGM(delta=0.5), 0), (ErrorFeedback(TopK(0.1)), 3)],
+    ("compressor", "local", "wrapper"),
+    [
+        (ErrorFeedback(TopK(0.1)), 0, False),
+        (LBGM(delta=0.5), 0, False),
+        (ErrorFeedback(TopK(0.1)), 3, False),
+        (ErrorFeedback(TopK(0.1)), 0, True),
+    ],
     ids=repr,
 )
-def test_a_replica_that_was_killed_comes_back_and_catches_up(compressor, local):
+def test_a_replica_that_was_killed_comes_back_and_catches_up(compressor, local, wrapper):
     with lighthouse(1) as address:
         replicas = Replicas(address)
         try:
-            replicas.start(0, go_on, compressor, None, local)
-            replicas.start(1, go_on, compressor, 5 * max(1, local), local)
+            replicas.start(0, go_on, compressor, None, local, wrapper)
+            replicas.start(1, go_on, compressor, 5 * max(1, local), local, wrapper)
             assert replicas.result(1) is None
-            replicas.start(1, go_on, compressor, None, local)
+            replicas.start(1, go_on, compressor, None, local, wrapper)
             back, stayed = replicas.result(1), replicas.result(0)
         finally:
             replicas.end()
@@ -446,8 +478,13 @@ class Groups:
             options.reduceOp = operation
             own = [tensor.clone() for tensor in tensors[rank]]
             try:
-                for work in [self.groups[replica].allreduce([tensor], options) for tensor in own]:
-                    work.wait()
+                group = self.groups[replica]
+                works = [group.allreduce([tensor], options) for tensor in own]
+                done = [work.wait() for work in works]
+                if not all(done):
+                    error = group.errored()
+                    assert error is not None
+                    return error
             except Exception as error:
                 return error
             return own
@@ -583,6 +620,32 @@ def test_a_replica_that_does_not_take_part_sends_nothing():
 
 
 @needs_torchft
+def test_steps_of_a_replica_alone_are_not_counted():
+    groups = Groups(HALF, HALF)
+    groups.new_quorum([0])
+    groups.step(pair(4.0, 1.0))
+    assert groups.groups[0].stats()["dense_bytes"] == 0
+    groups.new_quorum()
+    groups.managers[1].step = 1
+    groups.step(pair(4.0, 1.0), pair(4.0, 1.0))
+    assert groups.groups[0].stats()["dense_bytes"] == 8
+
+
+@needs_torchft
+def test_after_a_failure_the_other_sums_of_the_step_are_left_out():
+    groups = Groups(HALF, HALF)
+    group = groups.groups[0]
+    group._note_failure(RuntimeError("gone"))
+    for tensor in (torch.ones(2), torch.tensor(1.0)):
+        work = group.allreduce([tensor], dist.ReduceOp.SUM)
+        assert not work.wait()
+        assert work.get_future().wait()[0] is tensor
+    assert str(group.errored()) == "gone"
+    assert group.errored() is None
+    groups.step(pair(4.0, 1.0), pair(8.0, 3.0))
+
+
+@needs_torchft
 def test_other_sums_are_exact():
     groups = Groups(TopK(0.1), TopK(0.1))
     losses = groups.sums([torch.tensor(0.125)], [torch.tensor([0.5]).squeeze()])
@@ -685,9 +748,10 @@ def test_wrong_uses_say_what_is_right():
     group = CompressedProcessGroup(TopK(0.1))
     with pytest.raises(TypeError, match=r"attach\(\) takes a torchft Manager, not str"):
         group.attach("manager")
-    for call in (group.errored, lambda: group.allreduce([torch.ones(2)], dist.ReduceOp.SUM)):
+    assert not group.allreduce([torch.ones(2)], dist.ReduceOp.SUM).wait()
+    for _ in range(2):
         with pytest.raises(RuntimeError, match=r"call group.attach\(manager\)"):
-            call()
+            group.errored()
 
 
 # --- the guide ------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ Fault tolerance is torchft's:
 
 - A new quorum, which follows each failed step and each replica that leaves or joins, makes every
   replica drop its look-back gradients. The next step is sent in full.
-- A residual is the replica's own and stays. What a failed step carried comes back into it, unless
-  another replica has committed the step: the replicas ask each other in the first exchange of a
+- A residual is the replica's own and stays. If a step fails, its content returns to the residual,
+  unless another replica committed that step: the replicas ask each other in the first exchange of a
   quorum. A process that starts again begins without a residual.
 - A replica that is being healed, or a spare, does not take part in the sum, and sends nothing.
 

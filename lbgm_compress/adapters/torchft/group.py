@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from lbgm_compress.wire.errors import OutOfSyncError
 from lbgm_compress.wire.message import recycles
 
 __all__ = ["CompressedProcessGroup"]
+
+logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CPU = torch.device("cpu")
@@ -64,9 +67,10 @@ class CompressedProcessGroup(ProcessGroupGloo):
 
     Notes
     -----
-    torchft logs what is raised in an ``allreduce``, skips the step and tries again. An error that
-    would come back each time, as of replicas with different compressors, is therefore raised a
-    second time by ``manager.should_commit()``, where it ends the training.
+    A sum that fails raises nothing: it is logged, and the other sums of the step are left out. Then
+    ``manager.should_commit()``, which asks `errored`, skips the step, and torchft tries again. An
+    error that would come back each time, as of replicas with different compressors, is raised by
+    ``manager.should_commit()``, where it ends the training.
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class CompressedProcessGroup(ProcessGroupGloo):
         self._counts: dict[bytes, int] = {}
         self._committed: dict[int, int] = {}
         self._wrong: Exception | None = None
+        # The error of this step, which `errored` has yet to return.
+        self._failure: Exception | None = None
         self._totals = {"message_bytes": 0, "dense_bytes": 0, "recycled": 0, "tensors": 0}
 
     def attach(self, manager: Any) -> None:
@@ -122,7 +128,10 @@ class CompressedProcessGroup(ProcessGroupGloo):
         self._manager = manager
 
     def stats(self) -> dict[str, float]:
-        """Return what this replica has sent to each other replica since it was built.
+        """Return the number of bytes that this replica has sent to each other replica.
+
+        They are counted from when the group was built. Steps of a replica that is alone in its
+        quorum are left out.
 
         Returns
         -------
@@ -163,34 +172,52 @@ class CompressedProcessGroup(ProcessGroupGloo):
             self._note_commit()
         if self._waiting is not None:
             self._waiting.cancel()
-        self._waiting, self._counts, self._met = None, {}, False
+        self._waiting, self._counts, self._met, self._failure = None, {}, False, None
         super().configure(store_addr, replica_id, rank, world_size, quorum_id, *more, **options)
         self._quorum = -1 if quorum_id is None else quorum_id
         self._transport = ReplicaTransport(self.parent, rank, world_size)
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
-        """Begin a sum over the replicas, in place: compressed if it is one of gradients."""
+        """Begin a sum over the replicas, in place: compressed if it is one of gradients.
+
+        Returns
+        -------
+        torch.distributed.Work
+            Its ``wait()`` returns False if a compressed sum failed; `errored` returns the error.
+        """
+        if self._failure is not None:
+            return SumWork(Batch.failed(self._failure, self._note_failure), tensors)
         operation = getattr(opts, "reduceOp", opts)
         if operation != dist.ReduceOp.SUM or not all(map(_is_compressed, tensors)):
             return super().allreduce(tensors, opts)
-        self._check_usable()
+        try:
+            self._check_usable()
+        except Exception as error:
+            logger.error("a compressed sum failed: %s", error)
+            self._note_failure(error)
+            return SumWork(Batch.failed(error, self._note_failure), tensors)
         if self._waiting is None:
-            self._waiting = Batch(self._exchange)
+            self._waiting = Batch(self._exchange, self._note_failure)
         self._waiting.tensors.extend(tensors)
         return SumWork(self._waiting, tensors)
 
     def errored(self) -> Exception | None:
-        """Return the error of results that nobody has waited for, at the end of a step.
+        """End a step, and return the error of its sums or None.
 
         Raises
         ------
         Exception
             The error that would come back in each step.
         """
-        failure = None if self._waiting is None else self._waiting.run()
-        self._counts = {}
+        if self._waiting is not None:
+            self._waiting.run()
+        failure, self._failure, self._counts = self._failure, None, {}
         self._check_usable()
         return failure or super().errored()
+
+    def _note_failure(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
 
     def _check_usable(self) -> None:
         if self._wrong is None:
@@ -329,6 +356,8 @@ class CompressedProcessGroup(ProcessGroupGloo):
         return found
 
     def _count(self, message: Tensor, sender: Sender, tensors: Sequence[Tensor]) -> None:
+        if self._transport.size == 1:
+            return
         total = self._totals
         total["message_bytes"] += message.numel()
         total["dense_bytes"] += sum(t.numel() * t.element_size() for t in tensors)

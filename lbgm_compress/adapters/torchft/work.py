@@ -16,16 +16,35 @@ logger = logging.getLogger(__name__)
 
 
 class Batch:
-    """Tensors that are summed in one exchange, which begins when the first result is needed."""
+    """Tensors that are summed in one exchange, which begins when the first result is needed.
 
-    def __init__(self, exchange: Callable[[Sequence[Tensor]], None]) -> None:
+    Parameters
+    ----------
+    exchange
+        Replaces tensors by their sums.
+    note
+        Called with the error of the batch each time that `run` finds one.
+    """
+
+    def __init__(
+        self,
+        exchange: Callable[[Sequence[Tensor]], None],
+        note: Callable[[Exception], None],
+    ) -> None:
         self.tensors: list[Tensor] = []
-        self._exchange = exchange
+        self._exchange, self._note = exchange, note
         self._done = False
         self._failure: Exception | None = None
 
-    def run(self) -> Exception | None:
-        """Do the exchange unless it is done, and return its error."""
+    @classmethod
+    def failed(cls, error: Exception, note: Callable[[Exception], None]) -> Batch:
+        """Return a batch that does no exchange, and has failed with an error."""
+        batch = cls(lambda tensors: None, note)
+        batch._done, batch._failure = True, error
+        return batch
+
+    def run(self) -> bool:
+        """Do the exchange unless it is done, and return whether it succeeded."""
         if not self._done:
             self._done = True
             try:
@@ -33,7 +52,9 @@ class Batch:
             except Exception as error:
                 logger.error("a compressed sum failed: %s", error)
                 self._failure = error
-        return self._failure
+        if self._failure is not None:
+            self._note(self._failure)
+        return self._failure is None
 
     def cancel(self) -> None:
         """Give up an exchange that has not begun."""
@@ -41,26 +62,25 @@ class Batch:
 
 
 class SumWork(dist._Work):  # type: ignore[name-defined]
-    """What torchft waits for: the sum of some tensors of a batch."""
+    """The sum of some tensors of a batch, for which torchft waits.
+
+    A failure is not raised here, since the communication hook of torchft's
+    `DistributedDataParallel` cannot go on from an error. The group reports it at the end of the
+    step.
+    """
 
     def __init__(self, batch: Batch, tensors: list[Tensor]) -> None:
         super().__init__()
         self._batch, self._tensors = batch, tensors
 
     def wait(self, timeout: Any = None) -> bool:
-        failure = self._batch.run()
-        if failure is not None:
-            raise failure
-        return True
+        return self._batch.run()
 
     def block_current_stream(self) -> None:
         self.wait()
 
     def get_future(self) -> torch.futures.Future[Any]:
+        self._batch.run()
         future: torch.futures.Future[Any] = torch.futures.Future()
-        failure = self._batch.run()
-        if failure is None:
-            future.set_result(self._tensors)
-        else:
-            future.set_exception(failure)
+        future.set_result(self._tensors)
         return future
