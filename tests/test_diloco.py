@@ -219,7 +219,10 @@ def three():
 
 
 def linear(rank, transport, compressor, refused=False, inf_at=None, **options):
-    """Train on given gradients; return what `check_invariant` needs, and the model at the end."""
+    """Train on given gradients.
+
+    Return what `check_invariant` needs, the model at the end, and its largest entry before it.
+    """
     calls = []
 
     def accept(averages):
@@ -240,12 +243,13 @@ def linear(rank, transport, compressor, refused=False, inf_at=None, **options):
             run.true["matrix"] = left
         else:
             run.step(grads)
+    largest = max(float(p.abs().max()) for p in parameters(run.model).values() if p.numel())
     run.training.finish()
     kept = residuals(run.training._averager.state_dict())
     final = parameters(run.model)
     # In units of the learning rate the mean of the models goes down by true - residual.
     applied = {name: start[name] - p for name, p in final.items()}
-    return applied, run.true, kept, final
+    return applied, run.true, kept, final, largest
 
 
 # A majority vote is not the mean of what was sent.
@@ -283,11 +287,13 @@ def test_nothing_is_lost(three, schedule):
             return linear(rank, transport, compressor, residual=residual, weight=weight, **options)
 
         results = three.run(train, weights)
-        assert_replicas_agree([final for _, _, _, final in results])
+        assert_replicas_agree([final for _, _, _, final, _ in results])
         applied, true, kept = results[0][0], [r[1] for r in results], [r[2] for r in results]
         shares = [weight / sum(weights) for weight in weights]
+        # Signs without a magnitude diverge, and then the models themselves are rounded.
+        tolerance = max(1e-5, 3e-7 * max(r[4] for r in results))
         try:
-            check_invariant(applied, true, kept, shares)
+            check_invariant(applied, true, kept, shares, tolerance)
         except AssertionError as error:
             raise AssertionError(f"{compressor!r}, {residual}: {error}") from None
 

@@ -82,7 +82,7 @@ class DiLoCo:
         Number of inner steps from an exchange to its application, during which it goes on in the
         background; below ``sync_every / fragments``.
     final
-        Compresses what `finish` exchanges, such as ``TopK(1.0, "int4")``; `Identity` unless given.
+        Compresses what `finish` exchanges, such as ``TopK(1.0, "int2")``; `Identity` unless given.
     accept
         Called with the averages (a dict of tensors by name) of each exchange, which are the same
         on all ranks. If it returns False, the exchange is not applied, and nothing of it is lost.
