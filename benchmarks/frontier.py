@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -285,7 +286,8 @@ def _picture(runs: Runs, setting: str, models: Sequence[str]) -> bytes:
     handles.append(Line2D([], [], color="0.5", label="Pareto front"))
     handles.append(Line2D([], [], color="0.7", linestyle=":", label="dense - 0.5 points"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(SETTINGS[setting].title, fontsize=10, x=0.01, ha="left")
+    title = textwrap.fill(SETTINGS[setting].title, 65 * len(models))
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return png(figure)
 
 

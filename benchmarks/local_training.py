@@ -196,7 +196,11 @@ def draw(file: Path, runs: Runs) -> None:
     colours = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
     used = {}
     for axes, (model, workers, partition) in zip(panels, settings, strict=True):
-        for row in summaries(runs, model, workers, partition):
+        rows = summaries(runs, model, workers, partition)
+        # Methods that fail altogether must not squeeze the others together.
+        best = min(row.loss for row in rows)
+        high = min(max(row.loss for row in rows), best + 0.3)
+        for row in rows:
             position = _position(row.method)[0]
             marker = "*" if "in model" in row.method else "o"
             size = 11 if marker == "*" else 6
@@ -210,7 +214,10 @@ def draw(file: Path, runs: Runs) -> None:
                 label=row.method,
             )
         axes.set_xscale("log")
-        axes.set_title(f"{model}, {workers} workers, {partition}", fontsize=9)
+        above = sum(row.loss > high for row in rows)
+        title = f"{model}, {workers} workers, {partition}" + (f" ({above} above)" if above else "")
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(best - 0.02, high + 0.02)
         axes.set_xlabel("bytes sent, share of DiLoCo in float32 (log scale)")
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: f"1/{1 / x:g}" if x < 1 else f"{x:g}")
