@@ -159,7 +159,7 @@ def seconds(summary: Summary, workers: int, rate: int) -> float:
     Each worker sends and receives at the rate. Gathered, it receives the messages of all others;
     methods that add up (in float32, PowerSGD) go round a ring, 2 (K - 1) / K times their size.
     """
-    summed = summary.method in (DENSE, "dense with Muon", "PowerSGD 4", "data-parallel")
+    summed = summary.method.startswith((DENSE, "PowerSGD", "data-parallel"))
     times = 2 * (workers - 1) / workers if summed else workers - 1
     return times * summary.exchange_bytes * 8 / (rate * 1e6)
 
