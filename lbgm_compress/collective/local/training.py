@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbgm_compress._util.contents import all_finite, nonzero
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.background import Worker, ready_event, stream_after
 from lbgm_compress.collective.local.common_model import (
@@ -235,7 +236,7 @@ class LocalTraining(SavedRounds):
         averages, own = found
         accepted = False
         try:
-            finite = all(bool(average.isfinite().all()) for average in averages.values())
+            finite = all(all_finite(list(averages.values())))
             accepted = finite and (self._accept is None or bool(self._accept(averages)))
         finally:
             if not accepted:
@@ -303,10 +304,11 @@ class LocalTraining(SavedRounds):
         for p in held:
             p.grad = None
         try:
-            for name, average in averages.items():
+            used = nonzero(list(averages.values()))
+            for (name, average), is_used in zip(averages.items(), used, strict=True):
                 parameter = self._parameters[name]
                 parameter.detach().copy_(self._common.tensors[name])
-                if not bool(average.any()):
+                if not is_used:
                     continue
                 if id(parameter) not in known:
                     raise ValueError(
@@ -323,7 +325,10 @@ class LocalTraining(SavedRounds):
 
     def _not_finite(self) -> list[str]:
         """Return the names of parameters that have inf or nan."""
-        return [n for n, p in self._parameters.items() if not bool(p.detach().isfinite().all())]
+        finite = all_finite([p.detach() for p in self._parameters.values()])
+        return [
+            name for name, is_finite in zip(self._parameters, finite, strict=True) if not is_finite
+        ]
 
     def _return_to_common(self, names: Sequence[str], forget: bool = False) -> None:
         """Put parameters back to the common model; `forget` drops their inner optimizer's state."""
@@ -398,7 +403,7 @@ class LocalTraining(SavedRounds):
             self._catch_up(replaced)
             self._return_to_common(self._not_finite(), forget=True)
             averages = self._final_average()
-            finite = all(bool(average.isfinite().all()) for average in averages.values())
+            finite = all(all_finite(list(averages.values())))
             if not finite:
                 warn(
                     "the mean of the workers' models is out of range: all workers end with the "
