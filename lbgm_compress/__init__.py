@@ -24,6 +24,7 @@ from lbgm_compress.compressors import (
 )
 from lbgm_compress.compressors.parse import parse_compressor
 from lbgm_compress.endpoints import Receiver, Sender
+from lbgm_compress.reducibles import PowerSGD, SharedLBGM, SharedSubspace
 
 __all__ = [
     "Atomo",
@@ -35,8 +36,11 @@ __all__ = [
     "NormBudget",
     "OutOfSyncError",
     "PayloadError",
+    "PowerSGD",
     "Receiver",
     "Sender",
+    "SharedLBGM",
+    "SharedSubspace",
     "SignSGD",
     "TopK",
     "parse_compressor",

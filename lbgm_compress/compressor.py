@@ -60,6 +60,7 @@ from torch import Tensor
 
 from lbgm_compress._util.batches import by_batch, is_small
 from lbgm_compress._util.contents import Content, all_finite, contents, square_sum
+from lbgm_compress.algorithm import Algorithm, State, check_algorithm
 from lbgm_compress.decoded import Decoded, Dense, Zero
 from lbgm_compress.wire.errors import OutOfSyncError, PayloadError
 from lbgm_compress.wire.message import Kind
@@ -84,7 +85,6 @@ __all__ = [
     "zero",
 ]
 
-State = dict[str, Any]
 BODY_HEAD = bytes([Kind.BODY])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -110,8 +110,12 @@ class Encoding(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Compressor(abc.ABC):
-    """Turns gradients into payloads of bytes, and back."""
+class Compressor(Algorithm, abc.ABC):
+    """Turns gradients into payloads of bytes, and back.
+
+    Of a state, receivers hold the part that payloads set (`forget`), and a payload may carry what
+    earlier ones lost (`has_residual`).
+    """
 
     kinds: ClassVar[frozenset[int]] = frozenset({Kind.BODY})
     """The kinds of payload that `encode` makes and `decode` reads, besides uncompressed ones."""
@@ -119,11 +123,6 @@ class Compressor(abc.ABC):
     @property
     def receiver_has_state(self) -> bool:
         """True if a receiver of this compressor keeps state, which its payloads use and set."""
-        return False
-
-    @property
-    def has_residual(self) -> bool:
-        """True if a payload may carry what earlier gradients lost."""
         return False
 
     @property
@@ -135,18 +134,6 @@ class Compressor(abc.ABC):
     def finishes_average(self) -> bool:
         """True if `finish` changes the average, as a majority vote does."""
         return False
-
-    def __repr__(self) -> str:
-        """Return the shortest expression that builds this compressor."""
-        arguments = []
-        for position, field in enumerate(dataclasses.fields(self)):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            plain = field.default is dataclasses.MISSING or isinstance(value, Compressor)
-            bare = position == 0 and plain
-            arguments.append(repr(value) if bare else f"{field.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def compress(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Compress one gradient.
@@ -239,33 +226,6 @@ class Compressor(abc.ABC):
         A compressor that overrides this has `finishes_average`.
         """
         return mean
-
-    def initial_state(self, seed: int) -> State:
-        """Return a sender's state before the first round, with the seed of its randomness."""
-        return {}
-
-    def forget(self, state: State) -> State:
-        """Return a sender's state without what its receiver holds: the next payload is full.
-
-        The part that only the sender knows, such as a residual, stays.
-        """
-        return state
-
-    def rescale(self, state: State, factor: float) -> State:
-        """Return a sender's state for gradients that are `factor` times as large from now on.
-
-        That is so when a loss scale changes. A compressor overrides this if its state is in units
-        of the gradient, such as a residual, or if it compares gradients with a fixed number.
-        """
-        return state
-
-    def give_back(self, state: State, tensor: Tensor) -> State:
-        """Return a sender's state with `tensor` added to the residual.
-
-        `tensor` is what a payload carried that was not applied. Without a residual it is lost, as
-        it would be without compression.
-        """
-        return state
 
     def own_state(self, state: State) -> State:
         """Return the part of a sender's `state` that its receiver does not hold."""
@@ -463,16 +423,13 @@ class Compressor(abc.ABC):
 
 
 def check_compressor(compressor: Any) -> None:
-    """Raise `TypeError` unless `compressor` is one."""
-    if isinstance(compressor, type) and issubclass(compressor, Compressor):
-        name = compressor.__name__
+    """Raise `TypeError` unless `compressor` is one, and makes messages."""
+    check_algorithm(compressor)
+    if compressor.adds_up:
         raise TypeError(
-            f"expected a compressor such as LBGM(TopK(0.01)), not the class {name}: write "
-            f"{name}(...), with brackets"
-        )
-    if not isinstance(compressor, Compressor):
-        raise TypeError(
-            f"expected a compressor such as LBGM(TopK(0.01)), not {type(compressor).__name__}"
+            f"{compressor!r} averages over ranks by sums and makes no messages: use it where ranks "
+            "average, as in CompressionState or DistributedOptimizer, and here a compressor such "
+            "as LookBackSubspace(8)"
         )
 
 

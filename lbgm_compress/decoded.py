@@ -65,6 +65,10 @@ class Decoded(abc.ABC):
         # A fused `alpha=` rounds only once on some processors, and so gives other bits there.
         out.add_(self.dense().to(out.dtype) * weight)
 
+    def write_to(self, out: Tensor) -> None:
+        """Write the tensor to `out`, of the same shape."""
+        out.copy_(self.dense().view(out.shape))
+
     def missing_from(self, tensor: Tensor) -> Tensor:
         """Return `tensor` minus this one, contiguous and in memory of its own.
 
@@ -207,6 +211,12 @@ class LowRank(Decoded):
     def add_to(self, out: Tensor, weight: float) -> None:
         # The product is in memory of its own.
         out.add_(self.dense().to(out.dtype).mul_(weight))
+
+    def write_to(self, out: Tensor) -> None:
+        if out.is_contiguous() and out.dtype == self.left.dtype and self._within_range():
+            torch.mm(self.left, self.right.T, out=out.view(len(self.left), len(self.right)))
+        else:
+            super().write_to(out)
 
     def missing_from(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != self.left.dtype or not self._within_range():

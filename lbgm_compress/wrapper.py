@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.compressor import Compressor, Encoding, State
 from lbgm_compress.decoded import Decoded
 
@@ -34,7 +35,7 @@ class Wrapper(Compressor):
     inner: Compressor
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner, type) and issubclass(self.inner, Compressor):
+        if isinstance(self.inner, type) and issubclass(self.inner, Algorithm):
             name = self.inner.__name__
             raise ValueError(
                 f"{type(self).__name__} wraps a compressor, not the class {name}: write "
@@ -42,6 +43,11 @@ class Wrapper(Compressor):
             )
         if not isinstance(self.inner, Compressor):
             raise ValueError(f"{type(self).__name__} wraps a compressor, not {self.inner!r}")
+        if self.inner.adds_up:
+            raise ValueError(
+                f"{type(self).__name__} cannot wrap {self.inner!r}, which averages over ranks by "
+                "sums and makes no messages: only ErrorFeedback does, around a reducible itself"
+            )
 
     @property
     def kinds(self) -> frozenset[int]:  # type: ignore[override]

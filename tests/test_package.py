@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lbgm_compress
-from lbgm_compress import compressors
+from lbgm_compress import compressors, reducibles
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +23,9 @@ def test_public_names_are_pinned():
         *("SignSGD", "TopK"),
     }
     assert released <= set(compressors.__all__)
+    assert reducibles.__all__ == ["PowerSGD", "SharedLBGM", "SharedSubspace"]
     assert lbgm_compress.__all__ == [
-        *sorted([*ends, *compressors.__all__]),
+        *sorted([*ends, *compressors.__all__, *reducibles.__all__]),
         "parse_compressor",
     ]
     for name in lbgm_compress.__all__:

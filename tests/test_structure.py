@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"_util"},
     {"wire"},
-    {"decoded", "compressor", "wrapper"},
-    {"compressors"},
+    {"decoded", "algorithm", "compressor", "reducible", "wrapper"},
+    {"compressors", "reducibles"},
     {"endpoints"},
     {"collective"},
     {"adapters", "analysis", "probe", "install_horovod"},

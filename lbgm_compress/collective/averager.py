@@ -7,7 +7,6 @@ apart.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -22,23 +21,23 @@ from torch import Tensor
 
 from lbgm_compress._util.checks import check_number, check_whole
 from lbgm_compress._util.ends import on_device
-from lbgm_compress.collective.agreement import drop_unshared
+from lbgm_compress.algorithm import Algorithm, check_algorithm
 from lbgm_compress.collective.applied import Parameters
 from lbgm_compress.collective.average import (
     Average,
-    CompressedAverage,
     DenseAverage,
     RanksDiffer,
     sum_dtype,
 )
-from lbgm_compress.collective.heads import DIFFERS, FAILED, body_length, notice
+from lbgm_compress.collective.gathered import Gathered
 from lbgm_compress.collective.loss_scale import check_loss_scale, current_scale
 from lbgm_compress.collective.saved import check_saved, gather_states, part_of_rank, save_rank
+from lbgm_compress.collective.summed import Summed
 from lbgm_compress.collective.traffic import Traffic
-from lbgm_compress.collective.transport import Pending, Transport, gather_texts
-from lbgm_compress.compressor import Compressor, check_compressor
-from lbgm_compress.decoded import Decoded
+from lbgm_compress.collective.transport import Transport, gather_texts
+from lbgm_compress.compressor import Compressor
 from lbgm_compress.endpoints import Receiver, Sender
+from lbgm_compress.endpoints.contributor import Contributor
 
 __all__ = ["Averager"]
 
@@ -79,14 +78,12 @@ class Averager:
 
     Attributes
     ----------
-    compressor, transport, start_step
+    compressor, start_step
         As given.
     description : str
         Lines that are the same on all ranks.
     step : int
         Number of steps so far.
-    sender, receiver
-        The ends.
 
     Raises
     ------
@@ -109,7 +106,7 @@ class Averager:
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Algorithm,
         parameters: Mapping[str, Tensor],
         transport: Transport,
         start_step: int = 0,
@@ -122,12 +119,9 @@ class Averager:
         if not parameters:
             raise ValueError("named_parameters has no parameter that requires a gradient")
         self.compressor = compressor
-        self.transport = transport
         self.start_step = start_step
         self.loss_scale = loss_scale
         self.step = 0
-        self.sender = Sender(compressor, seed=transport.rank)
-        self.receiver = Receiver(compressor, parameters)
         self._likes = {name: (tuple(p.shape), str(p.dtype)) for name, p in parameters.items()}
         self._weight = float(weight)
         self._shares: list[float] = []
@@ -150,16 +144,38 @@ class Averager:
         self._common_step: int | None = None
         self._failure: BaseException | None = None
         self._traffic = Traffic(parameters)
+        self._ends = _ends(compressor, parameters, transport, self._device, self._traffic)
 
     @staticmethod
     def check_options(compressor: Any, start_step: Any, weight: Any, loss_scale: Any) -> None:
         """Raise `TypeError` or `ValueError` unless these arguments are of their types and range."""
-        check_compressor(compressor)
+        check_algorithm(compressor)
         check_whole("start_step", start_step, 0)
         check_loss_scale(loss_scale)
         check_number("weight", weight, error=TypeError)
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be above 0 and finite, not {weight}")
+
+    @property
+    def transport(self) -> Transport:
+        """The connection of the ranks. It may be replaced between two steps."""
+        return self._ends.transport
+
+    @transport.setter
+    def transport(self, transport: Transport) -> None:
+        self._ends.transport = transport
+
+    @property
+    def sender(self) -> Sender | Contributor:
+        """The end that encodes this rank's gradients."""
+        return self._ends.sender
+
+    @property
+    def receiver(self) -> Receiver:
+        """The end that decodes the messages of others. Where ranks take sums, there is none."""
+        if isinstance(self._ends, Summed):
+            raise AttributeError(f"{self.compressor!r} averages by sums, and has no receiver")
+        return self._ends.receiver
 
     @property
     def warming_up(self) -> bool:
@@ -243,8 +259,7 @@ class Averager:
             return
         self._scale = current_scale(self.loss_scale)
         self._in_step, self._spoiled, self._versions = True, False, None
-        self.sender.begin_step()
-        self.receiver.begin_step()
+        self._ends.begin_step()
 
     def end_step(self) -> None:
         """Count a step whose averages have all been finished.
@@ -281,8 +296,7 @@ class Averager:
             self._ask_to_compare()
 
     def _take_back(self) -> None:
-        self.sender.undo()
-        self.receiver.undo()
+        self._ends.undo()
         self._in_step, self._spoiled, self._versions = False, False, None
 
     def _spoil(self) -> None:
@@ -294,8 +308,7 @@ class Averager:
             self._commit()
 
     def _commit(self) -> None:
-        self.sender.commit()
-        self.receiver.commit()
+        self._ends.commit()
         self._versions = None
 
     def _ask_to_compare(self) -> None:
@@ -315,37 +328,9 @@ class Averager:
         return DenseAverage(pending, grads, self.fail)
 
     def _begin_compressed(self, grads: Mapping[str, Tensor]) -> Average:
-        head_size = self.receiver.head_size(grads)
-        own: Mapping[str, Decoded] = {}
-        if self._differs:
-            message = notice(DIFFERS, head_size, self._device)
-        else:
-            try:
-                message, own = self.sender.encode(grads, loss_scale=self._scale)
-            except Exception:
-                # The other ranks wait for a head.
-                failed = notice(FAILED, head_size, self._device)
-                with contextlib.suppress(RuntimeError):
-                    self._gather(failed, head_size, grads).result()
-                raise
-            self._traffic.count(message.numel(), grads, self.sender.sent)
-        pending = self._gather(message, head_size, grads)
-        return CompressedAverage(
-            pending,
-            grads,
-            self.fail,
-            own,
-            self.sender.uncompressed(),
-            self.receiver,
-            self._shares,
-            self.transport.rank,
-            self._spoil,
+        return self._ends.begin(
+            grads, self._shares, self._scale, self._differs, self.fail, self._spoil
         )
-
-    def _gather(
-        self, message: Tensor, head_size: int, grads: Mapping[str, Tensor]
-    ) -> Pending[list[Tensor]]:
-        return self.transport.begin_gather(message, head_size, body_length, min(grads))
 
     def verify_ranks_match(self) -> None:
         """Compare what the ranks were given, and exchange their weights and steps.
@@ -380,18 +365,14 @@ class Averager:
         self._shares = [weight / total for _, weight in numbers]
         self._members = self.transport.rank, self.transport.size
         self._differs, self._common_step = False, None
-        if self.compressor.receiver_has_state:
-            dropped = drop_unshared(self.transport, self.sender, self.receiver, self._device)
-            if dropped:
-                counts = ", ".join(
-                    f"{n} tensor{'s' * (n > 1)} of rank {r}" for r, n in dropped.items()
-                )
-                warnings.warn(
-                    f"the ranks do not hold the same look-back gradients of {counts}, as after "
-                    "loading states of different steps or ranks: they are dropped on all ranks, "
-                    "and the next step has them in full",
-                    stacklevel=2,
-                )
+        dropped = self._ends.drop_unshared()
+        if dropped:
+            warnings.warn(
+                f"the ranks do not hold the same look-back gradients of {dropped}, as after "
+                "loading states of different steps or ranks: they are dropped on all ranks, "
+                "and the next step has them in full",
+                stacklevel=2,
+            )
 
     def _raise_difference(self) -> None:
         """Raise `ValueError` that names the first difference between two ranks."""
@@ -423,9 +404,7 @@ class Averager:
         self._ask_to_compare()
 
     def _forget(self) -> None:
-        self.sender.reset()
-        for rank in self.receiver.senders():
-            self.receiver.drop(rank)
+        self._ends.reset()
         self._versions = None
 
     def rejoin(self) -> None:
@@ -454,7 +433,7 @@ class Averager:
         reads it with ``weights_only=True``.
         """
         rank, size = self._members or (self.transport.rank, self.transport.size)
-        return save_rank(rank, size, self.step, self.sender, self.receiver)
+        return save_rank(rank, size, self.step, self._ends)
 
     def gather_state_dict(self) -> dict[str, Any]:
         """Return the states of all ranks on rank 0, and an empty dict on the others.
@@ -466,7 +445,7 @@ class Averager:
         """
         if not self.ranks_match:
             self.verify_ranks_match()
-        return gather_states(self.transport, self.step, self.sender, self.receiver, self._device)
+        return gather_states(self.transport, self.step, self._ends, self._device)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` or `gather_state_dict` was called.
@@ -484,18 +463,17 @@ class Averager:
         """
         check_saved(state, type(self).__name__)
         rank = self.transport.rank
-        state = part_of_rank(state, rank, self.receiver)
+        state = part_of_rank(state, rank, self._ends)
         if state["rank"] != rank:
-            # Nothing of another rank's sender is of use, but the state is checked as a whole.
+            # The state is checked as a whole, though not all of it is of use here.
             self._check_sender(state["sender"])
-            fresh = Sender(self.compressor, seed=rank).state_dict()
             warnings.warn(
                 f"the state is that of rank {state['rank']} of {state['world_size']}, and this is "
                 f"rank {rank} of {self.transport.size}: its residual and its seed are not taken; "
                 "save the state of every rank, or gather_state_dict()",
                 stacklevel=2,
             )
-            state = {**state, "sender": fresh}
+            state = {**state, "sender": self._ends.of_another(state["sender"])}
         self.restore(state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -505,14 +483,8 @@ class Averager:
         """
         check_saved(state, type(self).__name__)
         state = on_device(state, self._device)
-        before = self.sender.state_dict()
         self._check_sender(state["sender"])
-        self.sender.load_state_dict(state["sender"])
-        try:
-            self.receiver.load_state_dict(state["receiver"])
-        except ValueError:
-            self.sender.load_state_dict(before)
-            raise
+        self._ends.load_state_dict(state)
         self._ask_to_compare()
         self._in_step, self._spoiled, self._versions = False, False, None
         self.step = state["step"]
@@ -520,7 +492,7 @@ class Averager:
 
     def _check_sender(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` unless a state is one of a sender for these parameters."""
-        Sender(self.compressor).load_state_dict(state)
+        self._ends.check_sender(state)
         self._check_tensors(state["tensors"])
 
     def _check_tensors(self, tensors: Mapping[str, Any]) -> None:
@@ -534,3 +506,17 @@ class Averager:
                     f"the state is that of another model: its tensor {name!r} has shape and dtype "
                     f"{found}, and the parameter has {self._likes[name]}"
                 )
+
+
+def _ends(
+    compressor: Algorithm,
+    parameters: Mapping[str, Tensor],
+    transport: Transport,
+    device: torch.device,
+    traffic: Traffic,
+) -> Gathered | Summed:
+    """Return the ends of a rank: sums where contributions add up, messages elsewhere."""
+    if compressor.adds_up:
+        return Summed(compressor, parameters, transport, device, traffic)
+    assert isinstance(compressor, Compressor)
+    return Gathered(compressor, parameters, transport, device, traffic)

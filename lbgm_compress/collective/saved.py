@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbgm_compress.collective.ends import Ends
 from lbgm_compress.collective.transport import Transport
-from lbgm_compress.endpoints import Receiver, Sender
 
 __all__ = ["check_saved", "gather_states", "part_of_rank", "save_rank"]
 
@@ -22,17 +22,14 @@ PIECE = 1 << 22
 FIRST, SECOND = 0, 1
 
 
-def save_rank(
-    rank: int, size: int, step: int, sender: Sender, receiver: Receiver
-) -> dict[str, Any]:
+def save_rank(rank: int, size: int, step: int, ends: Ends) -> dict[str, Any]:
     """Return the state of one rank."""
     return {
         "format": FORMAT,
         "rank": rank,
         "world_size": size,
         "step": step,
-        "sender": sender.state_dict(),
-        "receiver": receiver.state_dict(),
+        **ends.state_dict(),
     }
 
 
@@ -48,18 +45,19 @@ def check_saved(state: Any, owner: str) -> None:
 
 
 def gather_states(
-    transport: Transport, step: int, sender: Sender, receiver: Receiver, device: torch.device
+    transport: Transport, step: int, ends: Ends, device: torch.device
 ) -> dict[str, Any]:
     """Return the states of all ranks on rank 0, and an empty dict on the others.
 
     All ranks call it together. All receivers hold the same of a sender, so that it is kept once.
     """
     rank, size = transport.rank, transport.size
-    held = receiver.state_dict()["senders"]
-    if rank != FIRST:
-        held = {FIRST: held[FIRST]} if rank == SECOND and FIRST in held else {}
+    if rank == FIRST:
+        held = {other: one for r in range(1, size) for other, one in ends.held_of(r).items()}
+    else:
+        held = dict(ends.held_of(FIRST)) if rank == SECOND else {}
     file = io.BytesIO()
-    torch.save({"sender": sender.state_dict(), "held": held}, file)
+    torch.save({"sender": ends.state_dict()["sender"], "held": held}, file)
     gathered = _gather_to_first(transport, file.getvalue(), device)
     if gathered is None:
         return {}
@@ -76,7 +74,7 @@ def gather_states(
     }
 
 
-def part_of_rank(state: Mapping[str, Any], rank: int, receiver: Receiver) -> Mapping[str, Any]:
+def part_of_rank(state: Mapping[str, Any], rank: int, ends: Ends) -> Mapping[str, Any]:
     """Return a rank's part of a state that `gather_states` returned; any other as it is."""
     if not set(state) >= GATHERED_KEYS:
         return state
@@ -87,11 +85,7 @@ def part_of_rank(state: Mapping[str, Any], rank: int, receiver: Receiver) -> Map
         "rank": owner,
         "world_size": state["world_size"],
         "step": state["step"],
-        "sender": state["senders"][owner],
-        "receiver": {
-            **receiver.state_dict(),
-            "senders": {other: one for other, one in state["held"].items() if other != rank},
-        },
+        **ends.part(state["senders"][owner], state["held"], rank),
     }
 
 

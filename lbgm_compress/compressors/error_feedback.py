@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from lbgm_compress._util.batches import is_small, stack
 from lbgm_compress._util.checks import check_number
 from lbgm_compress._util.contents import all_finite, nonzero
-from lbgm_compress.compressor import Encoding, State, raw, zero
+from lbgm_compress.compressor import Compressor, Encoding, State, raw, zero
 from lbgm_compress.decoded import missing_from_all
+from lbgm_compress.reducible import Reducible, Sums
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wrapper import Wrapper
 
@@ -27,7 +29,8 @@ class ErrorFeedback(Wrapper):
 
     corrected = gradient + decay * residual; residual = corrected - decoded. For a float16 or
     bfloat16 gradient the residual is float32, so that small remainders are not rounded away.
-    Payloads are those of `inner`, and so is the receiver's state.
+    Payloads are those of `inner`, and so is the receiver's state. Around a `Reducible`, whose
+    contributions are summed over ranks, decoded is what this rank contributed to the average.
 
     A zero gradient is sent as zero, and the residual stays as it is, without decay: what a layer
     that is not in use has not sent yet waits until it is used again.
@@ -35,7 +38,7 @@ class ErrorFeedback(Wrapper):
     Parameters
     ----------
     inner
-        The compressor whose error is fed back.
+        The compressor or reducible whose error is fed back.
     decay
         Factor of the residual in each round, above 0 and at most 1. With 1, the decoded tensors and
         the residual add up to the sum of the gradients. With less, a part of what waits is lost in
@@ -44,7 +47,7 @@ class ErrorFeedback(Wrapper):
     Raises
     ------
     ValueError
-        If `inner` is not a compressor, or `decay` is outside its range.
+        If `inner` is neither, or `decay` is outside its range.
 
     Examples
     --------
@@ -55,13 +58,19 @@ class ErrorFeedback(Wrapper):
     tensor([0., 2.])
     """
 
+    inner: Compressor | Reducible  # type: ignore[assignment]
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if not isinstance(self.inner, Reducible):
+            super().__post_init__()
         check_number("decay", self.decay)
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, not {self.decay}")
+
+    @property
+    def adds_up(self) -> bool:
+        return self.inner.adds_up
 
     @property
     def has_residual(self) -> bool:
@@ -79,6 +88,21 @@ class ErrorFeedback(Wrapper):
             residual += state["residual"]
         return {"inner": {}, **state, "residual": residual}
 
+    def shared_state(self, state: State) -> State:
+        """Return the part of a state that all ranks share: see `Reducible.shared_state`."""
+        return {"inner": cast(Reducible, self.inner).shared_state(self.inner_state(state))}
+
+    def average(self, grad: Tensor, state: State) -> Sums:
+        """Average one gradient over all ranks: see `Reducible.average`."""
+        inner, residual = cast(Reducible, self.inner), state.get("residual")
+        used = nonzero([grad])[0]
+        corrected = _corrected([grad], [residual if used else None], self.decay)[0]
+        found = yield from inner.average(corrected, self.inner_state(state))
+        if used:
+            residual = found.own.missing_from(corrected)
+        kept = {} if residual is None else {"residual": residual}
+        return found._replace(state={**kept, "inner": found.state})
+
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         used = [True] * len(grads) if self.fixed_size else nonzero(grads)
         chosen = [i for i, is_used in enumerate(used) if is_used]
@@ -93,7 +117,9 @@ class ErrorFeedback(Wrapper):
             return []
         corrected = _corrected(grads, [state.get("residual") for state in states], self.decay)
         narrow = [c.to(grad.dtype) for c, grad in zip(corrected, grads, strict=True)]
-        inner = self.inner.encode_batch(narrow, [self.inner_state(s) for s in states])
+        inner = cast(Compressor, self.inner).encode_batch(
+            narrow, [self.inner_state(s) for s in states]
+        )
         missing = missing_from_all([encoding.decoded for encoding in inner], corrected)
         results = []
         for grad, state, encoding, rest, finite in zip(

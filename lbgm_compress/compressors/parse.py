@@ -11,16 +11,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lbgm_compress.compressors as built_in
-from lbgm_compress.compressor import Compressor
+import lbgm_compress.reducibles as reducibles
+from lbgm_compress.algorithm import Algorithm
 
 __all__ = ["import_known", "parse_compressor", "parse_compressors"]
 
-BUILT_IN: tuple[type, ...] = tuple(getattr(built_in, name) for name in built_in.__all__)
+BUILT_IN: tuple[type, ...] = tuple(
+    one
+    for _, one in sorted(
+        (name, getattr(room, name)) for room in (built_in, reducibles) for name in room.__all__
+    )
+)
 LONGEST = 10_000
 
 
-def parse_compressor(text: str, known: Iterable[type] = ()) -> Compressor:
-    """Return the compressor that an expression describes.
+def parse_compressor(text: str, known: Iterable[type] = ()) -> Any:
+    """Return the compressor or reducible that an expression describes.
 
     Only constructors of the package's compressors and of `known` are called, with literals or
     other such objects as arguments. Nothing else in `text` is evaluated.
@@ -53,7 +59,7 @@ def parse_compressor(text: str, known: Iterable[type] = ()) -> Compressor:
     return compressors[0]
 
 
-def parse_compressors(text: str, known: Iterable[type] = ()) -> list[Compressor]:
+def parse_compressors(text: str, known: Iterable[type] = ()) -> list[Any]:
     """Return the compressors of a comma-separated list.
 
     Parameters and errors are those of `parse_compressor`.
@@ -125,18 +131,18 @@ def _by_name(known: Iterable[type]) -> dict[str, type]:
     return classes
 
 
-def _compressor(node: ast.expr, classes: Mapping[str, type]) -> Compressor:
-    names = ", ".join(name for name, one in classes.items() if issubclass(one, Compressor))
+def _compressor(node: ast.expr, classes: Mapping[str, type]) -> Algorithm:
+    names = ", ".join(name for name, one in classes.items() if issubclass(one, Algorithm))
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         hint = _hint(node.id, classes) if isinstance(node, ast.Name) else ""
         raise ValueError(f"{ast.unparse(node)!r} is not a compressor{hint}; known are {names}")
     name = node.func.id
     if classes.get(name) is built_in.NormBudget:
         raise ValueError(f"{name} is no compressor, but an argument of LBGM: delta=...")
-    if name in classes and not issubclass(classes[name], Compressor):
+    if name in classes and not issubclass(classes[name], Algorithm):
         raise ValueError(f"{name} is no compressor, but an argument of one; known are {names}")
     built = _built(node, classes)
-    assert isinstance(built, Compressor)
+    assert isinstance(built, Algorithm)
     return built
 
 

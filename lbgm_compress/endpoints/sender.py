@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lbgm_compress._util.checks import check_whole
 from lbgm_compress._util.collection import paused_collection
 from lbgm_compress._util.ends import (
-    STATE_FORMAT,
-    check_entry,
-    check_state,
-    check_unchanged,
-    copied,
     identifiers_of,
-    packed_identifiers,
     sorted_names,
 )
 from lbgm_compress.compressor import (
@@ -29,7 +21,8 @@ from lbgm_compress.compressor import (
     check_gradient,
 )
 from lbgm_compress.decoded import Decoded
-from lbgm_compress.endpoints.tensors import Sent, TensorReport, layout_of
+from lbgm_compress.endpoints.store import Store
+from lbgm_compress.endpoints.tensors import Sent, layout_of
 from lbgm_compress.wire.message import Kind, Message, look_back_check
 
 __all__ = ["Sender"]
@@ -38,7 +31,7 @@ __all__ = ["Sender"]
 RAW, USES, SETS = int(Kind.RAW), int(Kind.USES), int(Kind.SETS)
 
 
-class Sender:
+class Sender(Store[Compressor]):
     """The end of a worker, which turns its gradients into messages.
 
     Parameters
@@ -75,15 +68,12 @@ class Sender:
 
     def __init__(self, compressor: Compressor, *, seed: int = 0, compact: bool = False) -> None:
         check_compressor(compressor)
-        check_whole("seed", seed, error=TypeError)
-        self.compressor = compressor
-        self.seed = seed
+        super().__init__(compressor, seed)
         self.compact = compact
-        # Entries are replaced and never changed, so that the ones before a step can be kept.
-        self._tensors: dict[str, dict[str, Any]] = {}
-        self._before: dict[str, dict[str, Any] | None] | None = None
+        self._mine = "own" if compact else "state"
+        self._parts = ("own", "held") if compact else ("state",)
+        self._owner = f"a Sender with compact={compact}"
         self._layouts: dict[tuple[str, ...], int] = {}
-        self.sent = Sent([], [], [], [])
 
     def compress(
         self, grads: Mapping[str, Tensor], peer: Tensor | None = None, *, loss_scale: float = 1.0
@@ -172,20 +162,8 @@ class Sender:
         }
 
     def _known(self, name: str, grad: Tensor) -> dict[str, Any]:
-        """Return what is kept of a tensor, or what is kept at the beginning."""
-        entry = self._tensors.get(name)
-        if entry is not None:
-            check_unchanged(name, grad, entry)
-            return entry
-        state = self.compressor.initial_state(self._seed(name))
-        kept = {"own": state, "held": {}} if self.compact else {"state": state}
-        return {
-            "id": 0,
-            "shape": tuple(grad.shape),
-            "dtype": str(grad.dtype),
-            "scale": 1.0,
-            **kept,
-        }
+        entry = super()._known(name, grad)
+        return {"held": {}, **entry} if self.compact else entry
 
     def _state(self, entry: Mapping[str, Any], like: Tensor, loss_scale: float) -> State:
         """Return the compressor's state from what was kept, for gradients of this scale."""
@@ -225,14 +203,8 @@ class Sender:
         return entry
 
     def _forgotten(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is kept of a tensor whose next payload is full."""
-        mine = "own" if self.compact else "state"
-        entry = {**entry, "id": 0, mine: self.compressor.forget(entry[mine])}
-        return {**entry, "held": {}} if self.compact else entry
-
-    def report(self) -> dict[str, TensorReport]:
-        """Return statistics of each tensor in the last message; empty before the first."""
-        return self.sent.report()
+        forgotten = super()._forgotten(entry)
+        return {**forgotten, "held": {}} if self.compact else forgotten
 
     def uncompressed(self) -> list[str]:
         """Return the names of tensors in the last message that went as they are.
@@ -243,111 +215,6 @@ class Sender:
             name for name, kind in zip(self.sent.names, self.sent.kinds, strict=True) if kind & RAW
         ]
 
-    # --- steps that are not applied ---------------------------------------------------------------
-
-    def begin_step(self) -> None:
-        """Begin a step of one or more messages, to which `undo` returns.
-
-        The state before the step is kept until `commit` or the next step: of each tensor that is
-        sent, the residual and a look-back gradient that is replaced.
-        """
-        self._before = {}
-
-    def undo(self) -> None:
-        """Return to the state before the step, bit for bit; do nothing without `begin_step`.
-
-        The receiver has to do the same, or to be sent in full (`reset`).
-        """
-        for name, entry in (self._before or {}).items():
-            if entry is None:
-                del self._tensors[name]
-            else:
-                self._tensors[name] = entry
-        self._before = None
-
-    def commit(self) -> None:
-        """Keep the step: what `undo` needs is freed."""
-        self._before = None
-
-    def give_back(self, decoded: Mapping[str, Tensor]) -> None:
-        """Add tensors to the residuals: what a message carried that was never applied.
-
-        Do nothing for a compressor without a residual. An undone step needs no more than `undo`:
-        this is for a message of which a worker learns later that it was lost or not used.
-
-        Parameters
-        ----------
-        decoded
-            The decoded tensors of the message by name, all or some, with the shapes and dtypes of
-            the gradients.
-
-        Raises
-        ------
-        ValueError
-            If a tensor has another shape or dtype than its gradients. Nothing is changed.
-        """
-        if not self.compressor.has_residual:
-            return
-        entries = {}
-        for name, tensor in decoded.items():
-            entry = self._known(name, tensor)
-            mine = "own" if self.compact else "state"
-            entries[name] = {**entry, mine: self.compressor.give_back(entry[mine], tensor)}
-        self._replace(entries)
-
-    def _replace(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        if self._before is not None:
-            for name in entries:
-                self._before.setdefault(name, self._tensors.get(name))
-        self._tensors.update(entries)
-
-    # --- what the receiver holds ------------------------------------------------------------------
-
-    def digest(self, names: Iterable[str] | None = None) -> Tensor:
-        """Return the identifiers of the look-back gradients that the next message may use.
-
-        Parameters
-        ----------
-        names
-            Names of tensors; all that have been sent unless given.
-
-        Returns
-        -------
-        Tensor
-            Flat uint8 on the CPU: eight bytes for each name in sorted order, zeros where there is
-            none. It equals the `Receiver.digest` of a receiver that holds the same.
-        """
-        chosen = sorted(self._tensors if names is None else set(names))
-        return packed_identifiers(
-            self._tensors[name]["id"] if name in self._tensors else 0 for name in chosen
-        )
-
-    def reset(self, names: Iterable[str] | None = None) -> None:
-        """Drop look-back gradients, so that the next message is full; residuals are kept.
-
-        Parameters
-        ----------
-        names
-            Names of tensors; all of them unless given.
-        """
-        for name in list(self._tensors) if names is None else set(names) & self._tensors.keys():
-            self._tensors[name] = self._forgotten(self._tensors[name])
-        self._before = None
-
-    # --- saved states -----------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as a nested dict of tensors and numbers, which are not copied.
-
-        It survives `torch.save` and ``torch.load(weights_only=True)``.
-        """
-        return {
-            "format": STATE_FORMAT,
-            "compressor": repr(self.compressor),
-            "seed": self.seed,
-            "tensors": copied(self._tensors),
-        }
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state by one that `state_dict` returned.
 
@@ -357,25 +224,8 @@ class Sender:
             If `state` is that of another compressor, of a compact sender where this one is not (or
             the other way round), or no such state. The sender's state is then unchanged.
         """
-        check_state(state, repr(self.compressor), ("seed", "tensors"))
-        parts = {"own", "held"} if self.compact else {"state"}
-        tensors = {}
-        for name, entry in state["tensors"].items():
-            owner = f"a Sender with compact={self.compact}"
-            # States of releases before loss scales were known have none.
-            tensors[name] = {"scale": 1.0, **entry} if isinstance(entry, Mapping) else entry
-            check_entry(name, tensors[name], {"id", "shape", "dtype", "scale", *parts}, owner)
-        self.seed = state["seed"]
-        self._tensors = tensors
-        self._before = None
+        super().load_state_dict(state)
         self._layouts = {}
-        self.sent = Sent([], [], [], [])
-
-    def _seed(self, name: str) -> int:
-        # Tensors of one worker must not share their randomness.
-        return int.from_bytes(
-            hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=7).digest(), "little"
-        )
 
 
 def _checked(names: Sequence[str], grads: Mapping[str, Tensor]) -> list[Tensor]:

@@ -16,7 +16,6 @@ from lbgm_compress.collective.local.warned import warn
 from lbgm_compress.collective.saved import check_saved
 from lbgm_compress.collective.transport import Transport
 from lbgm_compress.decoded import Decoded
-from lbgm_compress.endpoints import Sender
 
 __all__ = ["CommonAverager", "CommonModel", "average_buffers", "digest_of", "share", "share_bytes"]
 
@@ -194,8 +193,7 @@ class CommonAverager(Averager):
         rank, owner = self.transport.rank, state["rank"]
         if owner != rank:
             self._check_sender(state["sender"])
-            fresh = Sender(self.compressor, seed=rank).state_dict()
-            state = {**state, "rank": rank, "sender": fresh}
+            state = {**state, "rank": rank, "sender": self._ends.of_another(state["sender"])}
         self.load_state_dict(state)
         if owner != rank:
             warn(

@@ -1,0 +1,352 @@
+"""Averages by sums over ranks: the driver of `Reducible.average`.
+
+The generators of all gradients run side by side. What they yield at one time is laid end to end,
+weighted with the rank's share, and summed by one all-reduce.
+
+A sum in float16 has 11 bits of precision, and holds numbers up to 65,504. So the numbers of each
+tensor are multiplied by a power of two that brings the largest number of the last average near
+2^8: an average may be 256 times as large as the last one, and what is more than 2^22 times smaller
+than its largest number is rounded away. An average that leaves this range is summed again in
+float32, by all ranks alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbgm_compress.algorithm import Algorithm
+from lbgm_compress.collective.average import Average, RanksDiffer
+from lbgm_compress.collective.ends import Ends
+from lbgm_compress.collective.parameters import zeros_of
+from lbgm_compress.collective.transport import Pending, Transport
+from lbgm_compress.decoded import Decoded, Zero
+from lbgm_compress.endpoints.contributor import Contributor
+from lbgm_compress.reducible import PRECISIONS, Contribution, Sums, Term, Total
+
+__all__ = ["Summed"]
+
+# Numbers at the front of the first sum: how many ranks failed, the sum of their ranks, and how many
+# ask to compare states.
+NOTICE = 3
+# Exponent of the scale of a first sum in float16: numbers from 1e-9 to 1 are in its range.
+START = 16
+# Exponent of the largest number of an average, scaled for float16.
+TARGET = 8
+# A scaled average whose largest number is smaller is summed again.
+SMALLEST = 2.0**-8
+LIMIT = 100
+
+
+class Summed(Ends):
+    """The end of a rank whose contributions are added up."""
+
+    def __init__(self, algorithm: Algorithm, likes: Mapping[str, Tensor], *others: Any) -> None:
+        super().__init__(*others)
+        self.algorithm = algorithm
+        self.sender = Contributor(algorithm)
+        self._likes = {name: zeros_of(like) for name, like in likes.items()}
+
+    def begin(
+        self,
+        grads: Mapping[str, Tensor],
+        shares: Sequence[float],
+        loss_scale: float,
+        differs: bool,
+        fail: Callable[[BaseException], None],
+        spoil: Callable[[], None],
+    ) -> Average:
+        def begin(generators: Mapping[str, Sums], notice: list[float]) -> SummedAverage:
+            share = shares[self.transport.rank]
+            sums = Rounds(self.transport, self.sender, generators, share, notice)
+            return SummedAverage(sums, self, grads, loss_scale, fail, spoil)
+
+        if differs:
+            return begin(self._nothing(grads), [0.0, 0.0, 1.0])
+        try:
+            return begin(self.sender.begin(grads, loss_scale), [0.0, 0.0, 0.0])
+        except Exception:
+            # The other ranks wait for a sum.
+            with contextlib.suppress(Exception):
+                failed = [1.0, float(self.transport.rank), 0.0]
+                begin(self._nothing(grads), failed).finish()
+            raise
+
+    def _nothing(self, grads: Mapping[str, Tensor]) -> dict[str, Sums]:
+        """Return generators of zeros, whose first terms have the sizes of all others."""
+        zeros = {name: self._likes[name] for name in grads}
+        return Contributor(self.algorithm).begin(zeros)
+
+    def begin_step(self) -> None:
+        self.sender.begin_step()
+
+    def undo(self) -> None:
+        self.sender.undo()
+
+    def commit(self) -> None:
+        self.sender.commit()
+
+    def reset(self) -> None:
+        self.sender.reset()
+
+    def drop_unshared(self) -> str:
+        names = sorted(self._likes)
+        digest = self.sender.digest(names).to(self.device)
+        rows = self.transport.gather_equal(digest).cpu().view(self.transport.size, -1, 8)
+        differs = (rows != rows[:1]).any(dim=2).any(dim=0).tolist()
+        dropped = [name for name, differ in zip(names, differs, strict=True) if differ]
+        self.sender.reset(dropped)
+        count = len(dropped)
+        return f"{count} tensor{'s' * (count > 1)}" if dropped else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sender": self.sender.state_dict(), "receiver": {}}
+
+    def held_of(self, rank: int) -> Mapping[Any, Any]:
+        return {}
+
+    def part(self, sender: Any, held: Mapping[Any, Any], rank: int) -> dict[str, Any]:
+        return {"sender": sender, "receiver": {}}
+
+    def of_another(self, sender: Mapping[str, Any]) -> dict[str, Any]:
+        return self.sender.shared_alone(sender)
+
+    def check_sender(self, state: Mapping[str, Any]) -> None:
+        Contributor(self.algorithm).load_state_dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sender.load_state_dict(state["sender"])
+
+
+class Rounds:
+    """Generators that run side by side, and the sums that they wait for."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        contributor: Contributor,
+        generators: Mapping[str, Sums],
+        share: float,
+        notice: Sequence[float] = (),
+    ) -> None:
+        self._transport = transport
+        self._generators = dict(generators)
+        self._key = min(generators)
+        self._share = share
+        self._notice = notice
+        self._phase = 0
+        self._again = False
+        self.exponents = {name: contributor.exponents(name) for name in generators}
+        self._sums: list[Sum] = []
+        self.bytes = 0
+        self.sizes = dict.fromkeys(generators, 0)
+        self.found: dict[str, Contribution] = {}
+        self.not_finite: list[str] = []
+        self._totals: dict[str, Total] = {}
+        self._post(self._advance(dict.fromkeys(generators)))
+
+    @property
+    def running(self) -> bool:
+        """True while a sum is under way."""
+        return bool(self._sums)
+
+    def ready(self) -> bool:
+        """Return whether all generators have ended, after all that can be done without waiting."""
+        while self._sums and all(one.pending.ready() for one in self._sums):
+            self.step()
+        return not self._sums
+
+    def step(self) -> None:
+        """Wait for the sums that are under way, and go on to the next."""
+        sums, self._sums = self._sums, []
+        again: dict[str, Term] = {}
+        for one in sums:
+            again.update(one.collect(self._totals, self._read_notice))
+        if again and not self._again:
+            self._again = True
+            exact = {name: Term(term.tensor) for name, term in again.items()}
+            self._post(exact)
+            return
+        self._again = False
+        for name in again:
+            self._generators.pop(name).close()
+            self.not_finite.append(name)
+        totals, self._totals = self._totals, {}
+        for name, total in totals.items():
+            exponents = self.exponents[name]
+            if len(exponents) == self._phase:
+                exponents.append(START)
+            if total.largest:
+                exponent = TARGET - math.frexp(total.largest)[1]
+                exponents[self._phase] = max(-LIMIT, min(LIMIT, exponent))
+        self._phase += 1
+        self._post(self._advance(totals))
+
+    def average(self, name: str, like: Tensor, into: Tensor | None = None) -> Tensor:
+        """Return an average, written to `into` if that is given; all sums are made."""
+        if name not in self.found:
+            # All ranks see that the step is to be skipped.
+            return (torch.empty_like(like) if into is None else into).fill_(math.nan)
+        average = self.found[name].average
+        if into is None:
+            return average.dense().view(like.shape)
+        average.write_to(into)
+        return into
+
+    def _advance(self, totals: Mapping[str, Total | None]) -> dict[str, Term]:
+        """Send totals to generators, in one order on all ranks; return what they yield next."""
+        terms = {}
+        for name in sorted(totals):
+            generator, total = self._generators[name], totals[name]
+            try:
+                terms[name] = next(generator) if total is None else generator.send(total)
+            except StopIteration as end:
+                self.found[name] = end.value
+        return terms
+
+    def _post(self, terms: Mapping[str, Term]) -> None:
+        groups: dict[torch.dtype, dict[str, Term]] = {}
+        for name, term in terms.items():
+            half = PRECISIONS[term.values] == torch.float16
+            dtype = torch.float16 if half else term.tensor.dtype
+            groups.setdefault(dtype, {})[name] = term
+        notice, self._notice = self._notice, ()
+        # In one order on all ranks.
+        for dtype in sorted(groups, key=str):
+            group = groups[dtype]
+            exponents = [self._exponent(name) if dtype == torch.float16 else 0 for name in group]
+            one = Sum(group, dtype, exponents, self._share, notice)
+            notice = ()
+            suffix = f"{self._phase}{'again' * self._again}.{dtype!s}"
+            one.begin(self._transport, f"sum.{self._key}.{suffix}")
+            self._sums.append(one)
+            self.bytes += one.bytes
+            for name, term in group.items():
+                self.sizes[name] += term.tensor.numel() * dtype.itemsize
+
+    def _exponent(self, name: str) -> int:
+        known = self.exponents[name]
+        return known[self._phase] if self._phase < len(known) else START
+
+    def _read_notice(self, failed: float, rank: float, differ: float) -> None:
+        """Raise the error that another rank asks for; all ranks read the same."""
+        if failed:
+            which = f"rank {rank:.0f}" if failed == 1 else f"{failed:.0f} ranks"
+            raise RuntimeError(f"{which} failed before it could send: see the error there")
+        if differ:
+            raise RanksDiffer("a rank asks to compare states")
+
+
+class Sum:
+    """Terms of one precision, end to end."""
+
+    pending: Pending[Tensor]
+
+    def __init__(
+        self,
+        terms: Mapping[str, Term],
+        dtype: torch.dtype,
+        exponents: Sequence[int],
+        share: float,
+        notice: Sequence[float],
+    ) -> None:
+        self._terms = terms
+        self._share = share
+        self._scales = [2.0**exponent for exponent in exponents]
+        self._front = len(notice)
+        tensors = [term.tensor.reshape(-1) for term in terms.values()]
+        parts = [
+            t if (w := share * scale) == 1 else t * w
+            for t, scale in zip(tensors, self._scales, strict=True)
+        ]
+        front = [tensors[0].new_tensor(notice)] if notice else []
+        flat = torch.cat([*front, *parts])
+        self._half = dtype == torch.float16
+        if self._half:
+            flat = flat.to(dtype)
+            # The sum may be taken in place.
+            self._sent = flat[self._front :].to(tensors[0].dtype)
+        self._flat = flat
+        self.bytes = flat.numel() * flat.element_size()
+
+    def begin(self, transport: Transport, key: str) -> None:
+        """Begin to add up."""
+        self.pending = transport.begin_all_reduce(self._flat, key)
+
+    def collect(
+        self, totals: dict[str, Total], read_notice: Callable[[float, float, float], None]
+    ) -> dict[str, Term]:
+        """Wait, fill in totals, and return the terms whose sum is not of use."""
+        summed = self.pending.result()
+        tensors = [term.tensor for term in self._terms.values()]
+        if self._half:
+            summed = summed.to(tensors[0].dtype)
+        sizes = [tensor.numel() for tensor in tensors]
+        parts = torch.split(summed[self._front :], sizes)
+        filled = [part for part in parts if part.numel()]
+        largest = [part.abs().max() for part in filled]
+        numbers = torch.cat([summed[: self._front], *[one.view(1) for one in largest]]).tolist()
+        if self._front:
+            read_notice(*numbers[: self._front])
+        found = iter(numbers[self._front :])
+        owned = torch.split(self._sent, sizes) if self._half else None
+        again = {}
+        for i, (name, part) in enumerate(zip(self._terms, parts, strict=True)):
+            top = next(found) if part.numel() else 0.0
+            scale, term = self._scales[i], self._terms[name]
+            if not math.isfinite(top) or (self._half and 0 < top < SMALLEST):
+                again[name] = term
+                continue
+            sent = term.tensor
+            if owned is not None:
+                part = part.mul_(1 / scale)
+                sent = owned[i].mul_(1 / (scale * self._share)).view(sent.shape)
+            totals[name] = Total(part.view(sent.shape), sent, top / scale)
+        return again
+
+
+class SummedAverage(Average):
+    """An average by sums."""
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        ends: Summed,
+        grads: Mapping[str, Tensor],
+        loss_scale: float,
+        fail: Callable[[BaseException], None],
+        spoil: Callable[[], None],
+    ) -> None:
+        super().__init__(Pending(rounds.ready, lambda: None), grads, fail)
+        self._rounds = rounds
+        self._ends = ends
+        self._loss_scale = loss_scale
+        self._spoil = spoil
+
+    def own(self) -> Mapping[str, Decoded]:
+        found = self._rounds.found
+        return {
+            name: found[name].own if name in found else Zero(grad)
+            for name, grad in self._grads.items()
+        }
+
+    def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        rounds, ends = self._rounds, self._ends
+        while rounds.running:
+            rounds.step()
+        ends.sender.keep(
+            self._grads, rounds.found, rounds.exponents, rounds.sizes, self._loss_scale
+        )
+        ends.traffic.count(rounds.bytes, self._grads, ends.sender.sent)
+        averages = {
+            name: rounds.average(name, grad, None if into is None else into[name])
+            for name, grad in self._grads.items()
+        }
+        if rounds.not_finite:
+            self._spoil()
+        return averages

@@ -1,0 +1,148 @@
+"""Subspaces that all ranks share: a round sums coefficients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lbgm_compress._util.checks import check_whole
+from lbgm_compress.algorithm import State
+from lbgm_compress.decoded import LowRank
+from lbgm_compress.reducible import Contribution, Reducible, Sums, Term, Total
+from lbgm_compress.reducibles.matrices import (
+    as_matrix,
+    check_precision,
+    dense_round,
+    orthonormal,
+    unused,
+)
+
+__all__ = ["SharedSubspace"]
+
+# A direction that holds less than this share of a matrix's energy is not worth having.
+NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True, repr=False)
+class SharedSubspace(Reducible):
+    """Averages matrices within a few directions that all ranks hold.
+
+    A gradient is a matrix M (m x n): its first dimension, and all others, transposed if the first
+    is longer, so that n >= m. All ranks share r orthonormal directions, the rows of V (r x n). A
+    round sums the coefficients C = M V^T (m x r), and the average is C V.
+
+    Directions follow the gradient. In the first round, and in every `refresh_every`-th, a power
+    step moves directions towards what they miss: the first round finds all of them as `PowerSGD`
+    does, from the sum of r n numbers; a later one replaces the weakest direction, whose
+    coefficients are c, by the sum of R^T c (n numbers), where R is what the other directions miss.
+
+    Use it as ``ErrorFeedback(SharedSubspace(8))``: what the directions miss is then averaged later.
+    Tensors with fewer than two dimensions, or for which coefficients are no smaller, are averaged
+    as they are.
+
+    Parameters
+    ----------
+    rank
+        Number of directions r of a tensor, at least 1.
+    refresh_every
+        Number of rounds from one replaced direction to the next, at least 1.
+    values
+        Precision of the sums, "float16" or "float32". In float16 numbers are scaled first, so that
+        they are in its range; see `lbgm_compress.collective.summed`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    """
+
+    rank: int = 8
+    refresh_every: int = 4
+    values: str = "float16"
+
+    def __post_init__(self) -> None:
+        check_whole("rank", self.rank, 1)
+        check_whole("refresh_every", self.refresh_every, 1)
+        check_precision(self.values)
+
+    def initial_state(self, seed: int) -> State:
+        return {"seed": seed}
+
+    def forget(self, state: State) -> State:
+        return {"seed": state["seed"]} if "seed" in state else {}
+
+    def average(self, grad: Tensor, state: State) -> Sums:
+        rank = self._rank(grad)
+        if not rank:
+            return (yield from dense_round(grad, state, self.values))
+        matrix = as_matrix(grad)
+        tall = matrix.shape[0] > matrix.shape[1]
+        if tall:
+            matrix = matrix.T
+        if "directions" not in state:
+            return (yield from self._first(grad, matrix, tall, rank, state))
+        directions: Tensor = state["directions"]
+        total = yield Term(matrix @ directions.T, self.values)
+        if total.largest == 0:
+            return unused(grad, state)
+        age = state["age"] + 1
+        new = directions
+        if age % self.refresh_every == 0:
+            new = yield from self._replace_weakest(matrix, directions, total)
+        average = _product(total.tensor, directions.T, grad, tall)
+        own = _product(total.sent, directions.T, grad, tall)
+        state = {**state, "directions": new, "age": age}
+        return Contribution(average, own, state, recycled=new is directions)
+
+    def _first(self, grad: Tensor, matrix: Tensor, tall: bool, rank: int, state: State) -> Sums:
+        generator = torch.Generator().manual_seed(state.get("seed", 0))
+        start = torch.randn(matrix.shape[1], rank, generator=generator, dtype=matrix.dtype)
+        total = yield Term(matrix @ orthonormal(start).to(matrix.device), self.values)
+        if total.largest == 0:
+            return unused(grad, state)
+        left = orthonormal(total.tensor)
+        total = yield Term(matrix.T @ left, self.values)
+        if total.largest == 0:
+            return unused(grad, state)
+        directions = orthonormal(total.tensor).T.contiguous()
+        average = _product(left, total.tensor, grad, tall)
+        own = _product(left, total.sent, grad, tall)
+        return Contribution(average, own, {**state, "directions": directions, "age": 0})
+
+    def _replace_weakest(
+        self, matrix: Tensor, directions: Tensor, total: Total
+    ) -> Generator[Term, Total, Tensor]:
+        energies = total.tensor.square().sum(0)
+        weakest = int(energies.argmin())
+        kept = [i for i in range(len(directions)) if i != weakest]
+        left = total.tensor[:, weakest]
+        norm = left.norm()
+        if not norm > 0:
+            # The weakest direction holds nothing: any other start will do.
+            left, norm = total.tensor[:, int(energies.argmax())], energies.max().sqrt()
+        left = left / norm
+        others = directions[kept]
+        found = yield Term(left @ matrix - (left @ total.sent[:, kept]) @ others, self.values)
+        row = found.tensor - (found.tensor @ others.T) @ others
+        length = row.norm()
+        if not length * length > NEGLIGIBLE * energies.sum():
+            return directions
+        new = directions.clone()
+        new[weakest] = row / length
+        return new
+
+    def _rank(self, grad: Tensor) -> int:
+        """Return the number of directions for a gradient, 0 if it is averaged as it is."""
+        if grad.dim() < 2 or not grad.numel():
+            return 0
+        m, n = len(grad), grad.numel() // len(grad)
+        rank = min(self.rank, m, n)
+        return rank if rank * min(m, n) + max(m, n) / self.refresh_every < m * n else 0
+
+
+def _product(short: Tensor, long: Tensor, grad: Tensor, tall: bool) -> LowRank:
+    """Return the product of a factor of the short side and one of the long side."""
+    return LowRank(long, short, grad) if tall else LowRank(short, long, grad)
