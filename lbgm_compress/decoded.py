@@ -69,6 +69,10 @@ class Decoded(abc.ABC):
         """Write the tensor to `out`, of the same shape."""
         out.copy_(self.dense().view(out.shape))
 
+    def subtract_from(self, tensor: Tensor) -> None:
+        """Subtract the tensor from a contiguous one, in place."""
+        self.add_to(tensor, -1.0)
+
     def missing_from(self, tensor: Tensor) -> Tensor:
         """Return `tensor` minus this one, contiguous and in memory of its own.
 
@@ -223,6 +227,13 @@ class LowRank(Decoded):
             return super().missing_from(tensor)
         matrix = tensor.reshape(len(self.left), len(self.right))
         return torch.addmm(matrix, self.left, self.right.T, alpha=-1).view(self.shape)
+
+    def subtract_from(self, tensor: Tensor) -> None:
+        if tensor.dtype != self.left.dtype or not self._within_range():
+            super().subtract_from(tensor)
+        else:
+            matrix = tensor.view(len(self.left), len(self.right))
+            matrix.addmm_(self.left, self.right.T, alpha=-1)
 
     def _within_range(self) -> bool:
         """Return whether all elements are known to be within the range of the dtype.

@@ -27,6 +27,9 @@ class RanksDiffer(RuntimeError):
 class Average(abc.ABC):
     """An average whose exchange has begun: see `Averager.begin`."""
 
+    adds: bool = True
+    """Whether `finish` adds to `into`, which must then hold zeros."""
+
     def __init__(
         self,
         pending: Pending[Any],
@@ -48,7 +51,8 @@ class Average(abc.ABC):
         ----------
         into
             Tensors by name, with the shapes of the gradients and the dtype that `sum_dtype`
-            returns for theirs, which hold zeros: the sums are taken there. New ones unless given.
+            returns for theirs: the sums are taken there. They hold zeros, unless `adds` is False.
+            New ones unless given.
 
         Returns
         -------
@@ -85,6 +89,8 @@ class Average(abc.ABC):
 
 class DenseAverage(Average):
     """An average by one all-reduce, whose pending result is all gradients end to end."""
+
+    adds = False
 
     def own(self) -> Mapping[str, Decoded]:
         return {name: Dense(grad) for name, grad in self._grads.items()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.algorithm import Algorithm
-from lbgm_compress.collective.average import Average, RanksDiffer
+from lbgm_compress.collective.average import Average, RanksDiffer, sum_dtype
 from lbgm_compress.collective.ends import Ends
 from lbgm_compress.collective.parameters import zeros_of
 from lbgm_compress.collective.transport import Pending, Transport
@@ -148,6 +148,7 @@ class Rounds:
         self.found: dict[str, Contribution] = {}
         self.not_finite: list[str] = []
         self._totals: dict[str, Total] = {}
+        self._error: BaseException | None = None
         self._post(self._advance(dict.fromkeys(generators)))
 
     @property
@@ -156,14 +157,32 @@ class Rounds:
         return bool(self._sums)
 
     def ready(self) -> bool:
-        """Return whether all generators have ended, after all that can be done without waiting."""
-        while self._sums and all(one.pending.ready() for one in self._sums):
-            self.step()
+        """Return whether `finish` would not wait, after all that can be done without waiting."""
+        try:
+            while self._sums and all(one.pending.ready() for one in self._sums):
+                self.step()
+        except BaseException as error:
+            self._error = error
         return not self._sums
+
+    def finish(self) -> None:
+        """Make all sums that are missing.
+
+        Raises
+        ------
+        RanksDiffer, RuntimeError
+            As another rank asks for, or if one cannot be reached; also if `ready` met the error.
+        """
+        if self._error is not None:
+            raise self._error
+        while self.running:
+            self.step()
 
     def step(self) -> None:
         """Wait for the sums that are under way, and go on to the next."""
         sums, self._sums = self._sums, []
+        for one in sums:
+            one.wait()
         again: dict[str, Term] = {}
         for one in sums:
             again.update(one.collect(self._totals, self._read_notice))
@@ -187,15 +206,16 @@ class Rounds:
         self._phase += 1
         self._post(self._advance(totals))
 
-    def average(self, name: str, like: Tensor, into: Tensor | None = None) -> Tensor:
-        """Return an average, written to `into` if that is given; all sums are made."""
-        if name not in self.found:
+    def average(self, name: str, into: Tensor) -> Tensor:
+        """Return `into`, to which an average is written; all sums are made.
+
+        An average in memory of its own does not change the states, which may hold it, too.
+        """
+        if name in self.found:
+            self.found[name].average.write_to(into)
+        else:
             # All ranks see that the step is to be skipped.
-            return (torch.empty_like(like) if into is None else into).fill_(math.nan)
-        average = self.found[name].average
-        if into is None:
-            return average.dense().view(like.shape)
-        average.write_to(into)
+            into.fill_(math.nan)
         return into
 
     def _advance(self, totals: Mapping[str, Total | None]) -> dict[str, Term]:
@@ -246,6 +266,7 @@ class Sum:
     """Terms of one precision, end to end."""
 
     pending: Pending[Tensor]
+    _summed: Tensor
 
     def __init__(
         self,
@@ -266,11 +287,13 @@ class Sum:
         ]
         front = [tensors[0].new_tensor(notice)] if notice else []
         flat = torch.cat([*front, *parts])
+        # The widest dtype of the terms.
+        self._dtype = flat.dtype
         self._half = dtype == torch.float16
         if self._half:
             flat = flat.to(dtype)
             # The sum may be taken in place.
-            self._sent = flat[self._front :].to(tensors[0].dtype)
+            self._sent = flat[self._front :].to(self._dtype)
         self._flat = flat
         self.bytes = flat.numel() * flat.element_size()
 
@@ -278,15 +301,16 @@ class Sum:
         """Begin to add up."""
         self.pending = transport.begin_all_reduce(self._flat, key)
 
+    def wait(self) -> None:
+        """Wait until all ranks have added up."""
+        self._summed = self.pending.result()
+
     def collect(
         self, totals: dict[str, Total], read_notice: Callable[[float, float, float], None]
     ) -> dict[str, Term]:
-        """Wait, fill in totals, and return the terms whose sum is not of use."""
-        summed = self.pending.result()
-        tensors = [term.tensor for term in self._terms.values()]
-        if self._half:
-            summed = summed.to(tensors[0].dtype)
-        sizes = [tensor.numel() for tensor in tensors]
+        """Fill in totals, after `wait`, and return the terms whose sum is not of use."""
+        summed = self._summed.to(self._dtype)
+        sizes = [term.tensor.numel() for term in self._terms.values()]
         parts = torch.split(summed[self._front :], sizes)
         filled = [part for part in parts if part.numel()]
         largest = [part.abs().max() for part in filled]
@@ -304,14 +328,16 @@ class Sum:
                 continue
             sent = term.tensor
             if owned is not None:
-                part = part.mul_(1 / scale)
-                sent = owned[i].mul_(1 / (scale * self._share)).view(sent.shape)
+                part = part.mul_(1 / scale).to(sent.dtype)
+                sent = owned[i].mul_(1 / (scale * self._share)).to(sent.dtype).view(sent.shape)
             totals[name] = Total(part.view(sent.shape), sent, top / scale)
         return again
 
 
 class SummedAverage(Average):
     """An average by sums."""
+
+    adds = False
 
     def __init__(
         self,
@@ -337,16 +363,21 @@ class SummedAverage(Average):
 
     def _finish(self, into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         rounds, ends = self._rounds, self._ends
-        while rounds.running:
-            rounds.step()
+        rounds.finish()
         ends.sender.keep(
             self._grads, rounds.found, rounds.exponents, rounds.sizes, self._loss_scale
         )
         ends.traffic.count(rounds.bytes, self._grads, ends.sender.sent)
-        averages = {
-            name: rounds.average(name, grad, None if into is None else into[name])
-            for name, grad in self._grads.items()
-        }
+        targets = _empty(self._grads) if into is None else into
+        averages = {name: rounds.average(name, targets[name]) for name in self._grads}
         if rounds.not_finite:
             self._spoil()
         return averages
+
+
+def _empty(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors for averages, in the dtype of the sums."""
+    return {
+        name: torch.empty(grad.shape, dtype=sum_dtype(grad.dtype), device=grad.device)
+        for name, grad in grads.items()
+    }

@@ -95,13 +95,17 @@ class ErrorFeedback(Wrapper):
     def average(self, grad: Tensor, state: State) -> Sums:
         """Average one gradient over all ranks: see `Reducible.average`."""
         inner, residual = cast(Reducible, self.inner), state.get("residual")
-        used = nonzero([grad])[0]
-        corrected = _corrected([grad], [residual if used else None], self.decay)[0]
-        found = yield from inner.average(corrected, self.inner_state(state))
-        if used:
-            residual = found.own.missing_from(corrected)
-        kept = {} if residual is None else {"residual": residual}
-        return found._replace(state={**kept, "inner": found.state})
+        if not nonzero([grad])[0]:
+            found = yield from inner.average(grad, self.inner_state(state))
+            kept = {} if residual is None else {"residual": residual}
+            return found._replace(state={**kept, "inner": found.state})
+        [corrected] = _corrected([grad], [residual], self.decay)
+        # In memory of its own, in which the next residual is made.
+        own = corrected.clone() if corrected is grad else corrected
+        own = own.contiguous()
+        found = yield from inner.average(own, self.inner_state(state))
+        found.own.subtract_from(own)
+        return found._replace(state={"residual": own, "inner": found.state})
 
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
         used = [True] * len(grads) if self.fixed_size else nonzero(grads)

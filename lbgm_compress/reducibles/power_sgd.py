@@ -65,23 +65,23 @@ class PowerSGD(Reducible):
         if not rank:
             return (yield from dense_round(grad, state, self.values))
         matrix = as_matrix(grad)
+        # Factors are held transposed: products of few rows and a matrix take less time.
         right = state.get("right")
         if right is None:
             generator = torch.Generator().manual_seed(state.get("seed", 0))
             shape = matrix.shape[1], rank
-            right = torch.randn(shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
-            right = orthonormal(right)
-        total = yield Term(matrix @ right, self.values)
+            start = torch.randn(shape, generator=generator, dtype=matrix.dtype)
+            right = orthonormal(start).T.to(matrix.device)
+        total = yield Term(right @ matrix.T, self.values)
         if total.largest == 0:
-            # The other sum is made all the same where a rank's part alone cancels.
             return unused(grad, state)
-        left = orthonormal(total.tensor)
-        total = yield Term(matrix.T @ left, self.values)
+        left = orthonormal(total.tensor.T)
+        total = yield Term(left.T @ matrix, self.values)
         if total.largest == 0:
             return unused(grad, state)
         return Contribution(
-            LowRank(left, total.tensor, grad),
-            LowRank(left, total.sent, grad),
+            LowRank(left, total.tensor.T, grad),
+            LowRank(left, total.sent.T, grad),
             {**state, "right": total.tensor},
         )
 

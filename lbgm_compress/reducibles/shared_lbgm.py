@@ -26,8 +26,8 @@ class SharedLBGM(Reducible):
     """Averages by one coefficient where the average is nearly parallel to an earlier one.
 
     The look-back gradient l is the last average that was summed in full, which all ranks hold. The
-    ranks sum <g, l> / |l| and a sketch of g; then all know the coefficient rho = <mean, l> / |l|^2 of the
-    average, and sin^2 of its angle to l (arXiv 2202.00280, algorithm 1). If that is at most
+    ranks sum <g, l> / |l| and a sketch of g. Then all know the coefficient rho = <mean, l> / |l|^2
+    of the average, and sin^2 of its angle to l (arXiv 2202.00280, algorithm 1). If that is at most
     `delta`, the average is rho l. Else g is summed in full.
 
     So the angle is that of the average, which has less noise than the gradient of one rank, and a

@@ -32,7 +32,7 @@ class SharedSubspace(Reducible):
 
     A gradient is a matrix M (m x n): its first dimension, and all others, transposed if the first
     is longer, so that n >= m. All ranks share r orthonormal directions, the rows of V (r x n). A
-    round sums the coefficients C = M V^T (m x r), and the average is C V.
+    round sums the coefficients C = V M^T (r x m), and the average is C^T V.
 
     Directions follow the gradient. In the first round, and in every `refresh_every`-th, a power
     step moves directions towards what they miss: the first round finds all of them as `PowerSGD`
@@ -78,55 +78,53 @@ class SharedSubspace(Reducible):
         rank = self._rank(grad)
         if not rank:
             return (yield from dense_round(grad, state, self.values))
-        matrix = as_matrix(grad)
-        tall = matrix.shape[0] > matrix.shape[1]
-        if tall:
-            matrix = matrix.T
+        columns = _long_columns(grad)
         if "directions" not in state:
-            return (yield from self._first(grad, matrix, tall, rank, state))
+            return (yield from self._first(grad, columns, rank, state))
         directions: Tensor = state["directions"]
-        total = yield Term(matrix @ directions.T, self.values)
+        total = yield Term(directions @ columns, self.values)
         if total.largest == 0:
             return unused(grad, state)
         age = state["age"] + 1
         new = directions
         if age % self.refresh_every == 0:
-            new = yield from self._replace_weakest(matrix, directions, total)
-        average = _product(total.tensor, directions.T, grad, tall)
-        own = _product(total.sent, directions.T, grad, tall)
+            new = yield from self._replace_weakest(columns, directions, total)
+        average = _product(total.tensor, directions, grad)
+        own = _product(total.sent, directions, grad)
         state = {**state, "directions": new, "age": age}
         return Contribution(average, own, state, recycled=new is directions)
 
-    def _first(self, grad: Tensor, matrix: Tensor, tall: bool, rank: int, state: State) -> Sums:
+    def _first(self, grad: Tensor, columns: Tensor, rank: int, state: State) -> Sums:
         generator = torch.Generator().manual_seed(state.get("seed", 0))
-        start = torch.randn(matrix.shape[1], rank, generator=generator, dtype=matrix.dtype)
-        total = yield Term(matrix @ orthonormal(start).to(matrix.device), self.values)
+        start = torch.randn(len(columns), rank, generator=generator, dtype=columns.dtype)
+        total = yield Term(orthonormal(start).T.to(columns.device) @ columns, self.values)
         if total.largest == 0:
             return unused(grad, state)
-        left = orthonormal(total.tensor)
-        total = yield Term(matrix.T @ left, self.values)
+        short = orthonormal(total.tensor.T).T.contiguous()
+        total = yield Term(short @ columns.T, self.values)
         if total.largest == 0:
             return unused(grad, state)
-        directions = orthonormal(total.tensor).T.contiguous()
-        average = _product(left, total.tensor, grad, tall)
-        own = _product(left, total.sent, grad, tall)
+        directions = orthonormal(total.tensor.T).T.contiguous()
+        average = _product(short, total.tensor, grad)
+        own = _product(short, total.sent, grad)
         return Contribution(average, own, {**state, "directions": directions, "age": 0})
 
     def _replace_weakest(
-        self, matrix: Tensor, directions: Tensor, total: Total
+        self, columns: Tensor, directions: Tensor, total: Total
     ) -> Generator[Term, Total, Tensor]:
-        energies = total.tensor.square().sum(0)
+        energies = total.tensor.square().sum(1)
         weakest = int(energies.argmin())
         kept = [i for i in range(len(directions)) if i != weakest]
-        left = total.tensor[:, weakest]
-        norm = left.norm()
+        others = directions[kept]
+        start = total.tensor[weakest]
+        norm = start.norm()
         if not norm > 0:
             # The weakest direction holds nothing: any other start will do.
-            left, norm = total.tensor[:, int(energies.argmax())], energies.max().sqrt()
-        left = left / norm
-        others = directions[kept]
-        found = yield Term(left @ matrix - (left @ total.sent[:, kept]) @ others, self.values)
-        row = found.tensor - (found.tensor @ others.T) @ others
+            start, norm = total.tensor[int(energies.argmax())], energies.max().sqrt()
+        start = start / norm
+        missed = columns @ start - (total.sent[kept] @ start) @ others
+        found = yield Term(missed, self.values)
+        row = found.tensor - (others @ found.tensor) @ others
         length = row.norm()
         if not length * length > NEGLIGIBLE * energies.sum():
             return directions
@@ -143,6 +141,14 @@ class SharedSubspace(Reducible):
         return rank if rank * min(m, n) + max(m, n) / self.refresh_every < m * n else 0
 
 
-def _product(short: Tensor, long: Tensor, grad: Tensor, tall: bool) -> LowRank:
-    """Return the product of a factor of the short side and one of the long side."""
-    return LowRank(long, short, grad) if tall else LowRank(short, long, grad)
+def _long_columns(grad: Tensor) -> Tensor:
+    """Return a gradient as a matrix (n x m) whose columns are along its longer side."""
+    matrix = as_matrix(grad)
+    return matrix if matrix.shape[0] > matrix.shape[1] else matrix.T
+
+
+def _product(short: Tensor, long: Tensor, grad: Tensor) -> LowRank:
+    """Return the product of factors (r x m) of the short side and (r x n) of the long one."""
+    tall = len(grad) > grad.numel() // len(grad)
+    left, right = (long, short) if tall else (short, long)
+    return LowRank(left.T, right.T, grad)

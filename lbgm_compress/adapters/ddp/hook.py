@@ -10,14 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress.adapters.ddp.state import CompressionState
 from lbgm_compress.adapters.ddp.wrapped import averaged_parameters
-from lbgm_compress.compressor import Compressor, check_compressor
+from lbgm_compress.algorithm import Algorithm, check_algorithm
 
 __all__ = ["compress", "compression_hook"]
 
 
 def compress(
     model: DistributedDataParallel,
-    compressor: Compressor,
+    compressor: Algorithm,
     *,
     start_step: int = 0,
     weight: float = 1.0,
@@ -33,7 +33,7 @@ def compress(
         The model, wrapped in `DistributedDataParallel`; its process group, the names of its
         parameters and the parameters are taken from it.
     compressor
-        Compresses the gradients: any compressor, the same on all ranks.
+        Compresses the gradients: any compressor or `Reducible`, the same on all ranks.
     start_step, weight, loss_scale
         As in `CompressionState`.
 
@@ -49,7 +49,7 @@ def compress(
     RuntimeError
         If the model has a communication hook already.
     """
-    if isinstance(model, Compressor):
+    if isinstance(model, Algorithm):
         raise TypeError("the arguments are swapped: write compress(model, compressor)")
     if not isinstance(model, DistributedDataParallel):
         wrapped = getattr(model, "_orig_mod", None)
@@ -57,7 +57,7 @@ def compress(
         if isinstance(wrapped, DistributedDataParallel):
             advice = "compress the DistributedDataParallel model before torch.compile takes it"
         raise TypeError(f"expected a DistributedDataParallel, not {type(model).__name__}: {advice}")
-    check_compressor(compressor)
+    check_algorithm(compressor)
     # The hook is registered at the end: a model is not left with half of it.
     state = CompressionState(
         compressor,

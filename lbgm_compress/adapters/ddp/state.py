@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lbgm_compress._util.collection import paused_collection
 from lbgm_compress._util.groups import check_group, default_group, group_like
 from lbgm_compress.adapters.ddp.wrapped import averaged_parameters, ignored_parameters, wrappers_of
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.average import Average, sum_dtype
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.parameters import (
@@ -26,8 +27,8 @@ from lbgm_compress.collective.parameters import (
 )
 from lbgm_compress.collective.saved import check_saved
 from lbgm_compress.collective.transport import ProcessGroupTransport
-from lbgm_compress.compressor import Compressor
 from lbgm_compress.endpoints import Sender
+from lbgm_compress.endpoints.contributor import Contributor
 
 __all__ = ["CompressionState"]
 
@@ -51,7 +52,7 @@ class CompressionState(BackgroundAverager):
     Parameters
     ----------
     compressor
-        Compresses the gradients: any compressor, the same on all ranks.
+        Compresses the gradients: any compressor or `Reducible`, the same on all ranks.
     named_parameters
         ``model.named_parameters()``, of the model or of its wrapper, the same on all ranks.
     process_group
@@ -76,7 +77,7 @@ class CompressionState(BackgroundAverager):
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Algorithm,
         named_parameters: NamedParameters | None = None,
         process_group: dist.ProcessGroup | None = None,
         start_step: int = 0,
@@ -84,7 +85,7 @@ class CompressionState(BackgroundAverager):
         *,
         loss_scale: float | Callable[[], float] = 1.0,
     ) -> None:
-        if isinstance(named_parameters, Compressor):
+        if isinstance(named_parameters, Algorithm):
             raise TypeError(
                 "the arguments are swapped: write CompressionState(compressor, "
                 "model.named_parameters())"
@@ -144,8 +145,9 @@ class CompressionState(BackgroundAverager):
             super().load_state_dict(state)
             return
         check_saved(state, type(self).__name__)
+        kind: Any = Contributor if self._given.adds_up else Sender
         for sender in state["senders"].values() if "senders" in state else [state["sender"]]:
-            Sender(self._given).load_state_dict(sender)
+            kind(self._given).load_state_dict(sender)
         self._saved = state
 
     def undo(self) -> None:
@@ -295,7 +297,9 @@ def _flat(average: Average, buffer: Tensor, grads: Mapping[str, Tensor]) -> Tens
 
     `grads` are views of the buffer.
     """
-    out = torch.zeros_like(buffer, dtype=sum_dtype(buffer.dtype))
+    dtype = sum_dtype(buffer.dtype)
+    # Gradients are read until the end of all sums, and averages are written after it.
+    out = torch.zeros_like(buffer, dtype=dtype) if average.adds else buffer.to(dtype)
     into = {
         name: out.as_strided(
             grad.shape, grad.stride(), grad.storage_offset() - buffer.storage_offset()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lbgm_compress._util.checks import check_number
 from lbgm_compress.adapters.horovod.transport import HorovodTransport
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.average import Average
 from lbgm_compress.collective.background import BackgroundAverager
 from lbgm_compress.collective.parameters import zeros_of
-from lbgm_compress.compressor import Compressor
 
 __all__ = ["Bucket", "Compression"]
 
@@ -41,7 +41,7 @@ class Compression(BackgroundAverager):
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Algorithm,
         parameters: dict[str, Tensor],
         transport: HorovodTransport,
         backward_passes_per_step: int,

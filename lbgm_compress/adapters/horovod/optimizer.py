@@ -14,8 +14,8 @@ from lbgm_compress._util.checks import check_whole
 from lbgm_compress.adapters.horovod.compression import Compression
 from lbgm_compress.adapters.horovod.elastic import Distributed, register_elastic
 from lbgm_compress.adapters.horovod.transport import HorovodTransport
+from lbgm_compress.algorithm import Algorithm, check_algorithm
 from lbgm_compress.collective.parameters import NamedParameters, may_have_gradient, named_pairs
-from lbgm_compress.compressor import Compressor, check_compressor
 
 __all__ = ["DistributedOptimizer"]
 
@@ -27,7 +27,7 @@ MISSING = (
 
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
-    compressor: Compressor | None = None,
+    compressor: Algorithm | None = None,
     named_parameters: NamedParameters | None = None,
     backward_passes_per_step: int = 1,
     process_set: Any = None,
@@ -203,7 +203,7 @@ def _engine() -> Any:
 
 def _check_call(
     optimizer: Any, compressor: Any, named_parameters: Any, misused: Mapping[str, Any]
-) -> Compressor:
+) -> Algorithm:
     """Return the compressor; raise `TypeError` for another call, such as that of Horovod's own."""
     call = "write DistributedOptimizer(optimizer, compressor, model.named_parameters())"
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -220,11 +220,11 @@ def _check_call(
             f"DistributedOptimizer has no argument {name!r}, which Horovod's own may have: {call}"
         )
     if isinstance(compressor, Iterable) and not isinstance(compressor, (str, type)):
-        if isinstance(named_parameters, Compressor):
+        if isinstance(named_parameters, Algorithm):
             raise TypeError(f"the arguments are swapped: {call}")
         raise TypeError(f"the arguments are those of Horovod's own DistributedOptimizer: {call}")
-    check_compressor(compressor)
-    return cast("Compressor", compressor)
+    check_algorithm(compressor)
+    return cast("Algorithm", compressor)
 
 
 def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str, Tensor]:
