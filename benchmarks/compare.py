@@ -51,11 +51,10 @@ from benchmarks.common.report import (
     write_rounds,
 )
 from benchmarks.common.tables import console, make_table
-from benchmarks.common.training import Round, Training, run
+from benchmarks.common.training import Round, Training, check_sums, run
 from lbgm_compress import (
     LBGM,
     Atomo,
-    Compressor,
     ErrorFeedback,
     Identity,
     LookBackSubspace,
@@ -64,6 +63,7 @@ from lbgm_compress import (
     TopK,
 )
 from lbgm_compress._util.units import human_bytes
+from lbgm_compress.algorithm import Algorithm
 
 # Options of the default methods, and their defaults.
 METHOD_OPTIONS = {"delta": 0.2, "ratio": 0.1, "rank": 2, "values": "float32"}
@@ -168,7 +168,7 @@ def build_parser() -> Parser:
         "Identity, TopK, Atomo and SignSGD(scaled=True), alone and under LBGM, and "
         "ErrorFeedback(LookBackSubspace()); signs are scaled because plain ones would need a "
         "learning rate of their own",
-        "; with --engine ddp also its own Dense(), Float16() and PowerSGD(RANK)",
+        "; with --engine ddp also its own Dense(), Float16() and TorchPowerSGD(RANK)",
     )
     add(
         "--target-accuracy",
@@ -215,7 +215,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def default_methods(options: argparse.Namespace) -> list[Compressor]:
+def default_methods(options: argparse.Namespace) -> list[Algorithm]:
     """Return {Identity, TopK, Atomo, SignSGD} x {alone, under LBGM}, and LookBackSubspace.
 
     Raises
@@ -225,13 +225,13 @@ def default_methods(options: argparse.Namespace) -> list[Compressor]:
     """
     given = {name: getattr(options, name) for name in METHOD_OPTIONS}
     chosen = {name: METHOD_OPTIONS[name] if v is None else v for name, v in given.items()}
-    sparsifiers: list[Compressor] = [
+    sparsifiers: list[Algorithm] = [
         Identity(),
         TopK(chosen["ratio"], chosen["values"]),
         Atomo(chosen["rank"]),
         SignSGD(scaled=True),
     ]
-    methods: list[Compressor] = []
+    methods: list[Algorithm] = []
     for sparsifier in sparsifiers:
         if options.error_feedback and sparsifier != Identity():
             # The other way round, ErrorFeedback(LBGM(C)), recycled less at the same accuracy.
@@ -241,7 +241,7 @@ def default_methods(options: argparse.Namespace) -> list[Compressor]:
     return [*methods, ErrorFeedback(LookBackSubspace())]
 
 
-def methods_of(options: argparse.Namespace) -> list[Compressor]:
+def methods_of(options: argparse.Namespace) -> list[Algorithm]:
     """Return the compressors to compare.
 
     Raises
@@ -260,7 +260,7 @@ def methods_of(options: argparse.Namespace) -> list[Compressor]:
     return read_methods(options.methods, options.known)
 
 
-def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Path]:
+def prepare(options: argparse.Namespace) -> tuple[list[Algorithm], Training, Path]:
     """Check all options, and return the methods, the training and the folder.
 
     Raises
@@ -273,6 +273,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Compressor], Training, Pa
     check_engine(options.engine, methods, options.participation, options.device)
     if options.open_loop and options.engine != "process":
         raise ValueError(f"--open-loop is for --engine process, and --engine is {options.engine}")
+    for method in methods:
+        check_sums(method, options.participation, options.open_loop)
     # All data sets have ten classes: a wrong scheme is found before they are loaded.
     check_scheme(options.partition, classes=10)
     folder = Path(options.out)
@@ -317,7 +319,7 @@ def dense_bytes_a_round(training: Training) -> int:
 @contextlib.contextmanager
 def runner(
     engine: str, training: Training, known: Sequence[str]
-) -> Iterator[Callable[[Compressor], Iterator[Round]]]:
+) -> Iterator[Callable[[Algorithm], Iterator[Round]]]:
     """Yield a function that trains with a compressor and yields the rounds."""
     if engine == "process":
         yield lambda compressor: run(training, compressor)
@@ -327,7 +329,7 @@ def runner(
 
 
 def train(
-    methods: Iterable[Compressor],
+    methods: Iterable[Algorithm],
     training: Training,
     folder: Path,
     console: Console,

@@ -13,7 +13,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.common.backward import backward_times
 from benchmarks.common.baselines import Dense as Plain
-from benchmarks.common.baselines import PowerSGD
+from benchmarks.common.baselines import TorchPowerSGD
 from benchmarks.common.command_line import Parser, check_file, listed, positive, start
 from benchmarks.common.shapes import gpt2_shapes, random_gradients, resnet50_shapes
 from benchmarks.common.tables import console, make_table, write_csv
@@ -38,11 +38,17 @@ from lbgm_compress import (
     Compressor,
     ErrorFeedback,
     LookBackSubspace,
+    PowerSGD,
     Receiver,
     Sender,
+    SharedLBGM,
+    SharedSubspace,
     SignSGD,
     TopK,
 )
+from lbgm_compress.algorithm import Algorithm
+from lbgm_compress.collective import Averager, Transport
+from lbgm_compress.collective.transport import Pending, done
 from lbgm_compress.compressors.lbgm import LookBack
 from lbgm_compress.decoded import Dense
 
@@ -59,6 +65,20 @@ BOUNDS: dict[Compressor, float] = {
     LBGM(): 3.0,
     LBGM(TopK(0.1)): 4.0,
     ErrorFeedback(LookBackSubspace(4, values="int4")): 5.0,
+}
+# Contributions that add up, and the rank of the hook that they are compared with.
+SUMS_RANK = 4
+SUMS: dict[str, Algorithm] = {
+    "ErrorFeedback(SharedSubspace(8)), nothing replaced": ErrorFeedback(
+        SharedSubspace(8, refresh_every=10**9)
+    ),
+    "ErrorFeedback(SharedSubspace(8)), a direction replaced": ErrorFeedback(
+        SharedSubspace(8, refresh_every=1)
+    ),
+    "ErrorFeedback(PowerSGD(2))": ErrorFeedback(PowerSGD(2)),
+    "ErrorFeedback(PowerSGD(4))": ErrorFeedback(PowerSGD(4)),
+    "SharedLBGM(), all recycled": SharedLBGM(1.0),
+    "SharedLBGM(), all in full": SharedLBGM(0.0),
 }
 Step = Callable[[], object]
 
@@ -110,16 +130,26 @@ def topk_decode(selected: Sequence[tuple[Tensor, Tensor]], like: Sequence[Tensor
     return dense
 
 
-def measure(steps: dict[str, Step], repeats: int, advance: Callable[[], None]) -> dict[str, float]:
-    """Run all steps in turns, and return the median time of each in ms."""
+def measure(
+    steps: dict[str, Step],
+    repeats: int,
+    advance: Callable[[], None],
+    prepare: Callable[[int], object] = lambda turn: None,
+) -> dict[str, float]:
+    """Run all steps in turns, and return the median time of each in ms.
+
+    `prepare` is called before each step with the number of the turn, and its time is not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
+        prepare(0)
         step()
     gc.collect()
     gc.disable()
     try:
-        for _ in range(repeats):
+        for turn in range(1, repeats + 1):
             for name, step in steps.items():
+                prepare(turn)
                 start = time.perf_counter()
                 step()
                 times[name].append((time.perf_counter() - start) * 1e3)
@@ -280,16 +310,16 @@ class Bucket:
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
-def power_step(rank: int, gradients: Sequence[Tensor]) -> Step:
+def power_step(rank: int, bucket: Bucket) -> Step:
     """Return a call of torch's PowerSGD hook, after its dense steps."""
-    hook, bucket = PowerSGD(rank).hook(), Bucket(gradients)
+    hook = TorchPowerSGD(rank).hook()
     assert hook is not None
     state, function = hook
 
     def step() -> None:
         function(state, bucket).wait()
 
-    for _ in range(PowerSGD.DENSE_STEPS):
+    for _ in range(TorchPowerSGD.DENSE_STEPS):
         step()
     return step
 
@@ -305,7 +335,7 @@ def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]
     steps: dict[str, Step] = {}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for rank in RANKS:
-        steps[power_name(rank)] = power_step(rank, list(gradients.values()))
+        steps[power_name(rank)] = power_step(rank, Bucket(list(gradients.values())))
         # A direction is replaced in every round, or in none.
         for delta in (0.0, 1.0):
             compressor = ErrorFeedback(LookBackSubspace(rank, delta))
@@ -320,6 +350,81 @@ def subspaces(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]
             name = repr(ErrorFeedback(LookBackSubspace(rank, delta)))
             encode, decode = took[f"{name} encode"], took[f"{name} decode"]
             rows.append(Row(name, encode, decode, power_name(rank), (encode + decode) / peer, 1.5))
+    return rows
+
+
+class Alone(Transport):
+    """The transport of one rank of several, whose all-reduce takes no time."""
+
+    rank, size = 0, 1
+
+    def gather_equal(self, data: Tensor) -> Tensor:
+        return data.view(1, -1).clone()
+
+    def begin_all_reduce(self, data: Tensor, key: str) -> Pending[Tensor]:
+        return done(data)
+
+
+def sum_step(method: Algorithm, names: Iterable[str], bucket: Bucket) -> Step:
+    """Return a step that averages a bucket in place, as the communication hook does."""
+    gradients = dict(zip(names, bucket.gradients(), strict=True))
+    averager = Averager(method, gradients, Alone())
+
+    def step() -> None:
+        averager.begin(gradients).finish(gradients)
+        averager.end_step()
+
+    return step
+
+
+def sums(seed: int, repeats: int, advance: Callable[[], None]) -> list[Row]:
+    """Measure what a rank computes where contributions add up, beside torch's PowerSGD hook.
+
+    Both average a bucket in place, and feed errors back where the name says so. Before each step
+    the bucket is filled with new gradients, which is not counted. Nothing is exchanged, so that a
+    ring's sums and the time on a link are left out.
+    """
+    rows = []
+    before = torch.get_num_threads()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    models = {"ResNet-50": resnet50_shapes(), "GPT-2 small": gpt2_shapes()}
+    for model, shapes in models.items():
+        flat = torch.cat([g.reshape(-1) for g in random_gradients(shapes, seed).values()])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rows += _sums_of(
+                f"{model}, {threads} thread{'s' * (threads > 1)}", shapes, flat, repeats
+            )
+    torch.set_num_threads(before)
+    dist.destroy_process_group()
+    for _ in range(repeats):
+        advance()
+    return rows
+
+
+def _sums_of(
+    where: str, shapes: dict[str, tuple[int, ...]], flat: Tensor, repeats: int
+) -> list[Row]:
+    bucket = Bucket([torch.zeros(shape) for shape in shapes.values()])
+
+    def fill(turn: int) -> None:
+        # Gradients of consecutive turns have nothing in common.
+        start = turn % 2 * (flat.numel() // 3)
+        torch.cat([flat[start:], flat[:start]], out=bucket.flat)
+
+    fill(0)
+    peer = power_name(SUMS_RANK)
+    steps = {peer: power_step(SUMS_RANK, bucket)}
+    for name, method in SUMS.items():
+        steps[name] = sum_step(method, shapes, bucket)
+        # The first round is another than the later ones.
+        fill(0)
+        steps[name]()
+    took = measure(steps, repeats, lambda: None, fill)
+    rows = [Row(f"{peer}, {where}", took[peer], None, "", None, None)]
+    for name in SUMS:
+        ratio = took[name] / took[peer]
+        rows.append(Row(f"{name}, {where}", took[name], None, f"{peer}, {where}", ratio, None))
     return rows
 
 
@@ -357,6 +462,7 @@ PARTS = {
     "selections": selections,
     "factors": factors,
     "subspaces": subspaces,
+    "sums": sums,
     "many-tensors": many_tensors,
     "backward-passes": backward_passes,
 }

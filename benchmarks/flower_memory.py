@@ -237,7 +237,7 @@ def main(arguments: list[str]) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        methods = read_methods(options.methods or METHODS, options.known, baselines=False)
+        methods = read_methods(options.methods or METHODS, options.known, ranks=False)
         if options.parameters < 1000:
             raise ValueError(f"--parameters {options.parameters} is less than 1000")
         check_folder(options.out)

@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        methods = [repr(method) for method in read_methods(options.methods, baselines=False)]
+        methods = [repr(method) for method in read_methods(options.methods, ranks=False)]
         if options.rounds < 2:
             raise ValueError("--rounds starts at 2: the first round also carries the app")
         check_folder(options.out)

@@ -48,8 +48,8 @@ from benchmarks.common.models import parameters
 from benchmarks.common.plots import FAMILIES, family_of, png, subplots, tidy
 from benchmarks.common.tables import console, make_table, read_csv, write_csv
 from benchmarks.common.training import Round, Training, run
-from lbgm_compress import Compressor
 from lbgm_compress._util.files import atomic_write
+from lbgm_compress.algorithm import Algorithm
 
 # The accuracy of a run is the mean of this many evaluations, the last ones.
 AVERAGED = 4
@@ -81,7 +81,7 @@ Runs = dict[Run, list[Evaluation]]
 
 
 @contextlib.contextmanager
-def rounds_of(training: Training, method: Compressor) -> Iterator[Iterator[Round]]:
+def rounds_of(training: Training, method: Algorithm) -> Iterator[Iterator[Round]]:
     """Yield the rounds of a training: in this process, or on DDP for a baseline."""
     if isinstance(method, Baseline):
         with running("ddp", training) as engine:
@@ -91,7 +91,7 @@ def rounds_of(training: Training, method: Compressor) -> Iterator[Iterator[Round
 
 
 def perform(
-    what: Run, method: Compressor, data_dir: str | None, text_dir: str | None, short: bool
+    what: Run, method: Algorithm, data_dir: str | None, text_dir: str | None, short: bool
 ) -> list[Evaluation]:
     """Do one run, and return its evaluations."""
     torch.set_num_threads(1)
@@ -181,7 +181,7 @@ class Row(NamedTuple):
     kilobytes: float | None
     """Uplink of one worker until dense accuracy minus half a point; None if a seed misses it."""
     kilobytes_power: float | None
-    """The same for the best accuracy of PowerSGD minus half a point."""
+    """The same for the best accuracy of torch's PowerSGD minus half a point."""
 
 
 def rows_of(runs: Runs, setting: str, model: str) -> list[Row]:
@@ -229,7 +229,7 @@ def table_of(rows: Sequence[Row], setting: str, model: str) -> Table:
     """Return a table of a setting's rows."""
     power = any(row.kilobytes_power is not None for row in rows)
     headings = ["method", "seeds", "accuracy", "points", "of dense", "recycled"]
-    headings += ["kB to dense - 0.5"] + (["kB to best PowerSGD - 0.5"] if power else [])
+    headings += ["kB to dense - 0.5"] + (["kB to best TorchPowerSGD - 0.5"] if power else [])
     cells = []
     for row in rows:
         counts = [row.kilobytes] + ([row.kilobytes_power] if power else [])
@@ -328,7 +328,7 @@ def build_parser() -> Parser:
     add("--models", type=listed(str), metavar="LIST",
         help="fcn, small-cnn, transformer (default: all)")  # fmt: skip
     add_methods(parser, "all for the fcn, fewer for the other models", "; settings that are "
-        "data-parallel also take DDP's own Dense(), Float16() and PowerSGD(RANK)")  # fmt: skip
+        "data-parallel also take DDP's own Dense(), Float16() and TorchPowerSGD(RANK)")  # fmt: skip
     add("--seeds", type=listed(int), default=[0, 1, 2], metavar="LIST",
         help="seeds of data, model and order (default: 0,1,2)")  # fmt: skip
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
@@ -343,7 +343,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def wanted(options: Any) -> dict[Run, Compressor]:
+def wanted(options: Any) -> dict[Run, Algorithm]:
     """Return the runs that the options ask for and their methods, the first seed first.
 
     Raises
@@ -389,7 +389,7 @@ def make_pool(jobs: int) -> concurrent.futures.Executor:
 
 
 def run_missing(
-    asked: Mapping[Run, Compressor], runs: Runs, file: Path, jobs: int, data: tuple[Any, ...]
+    asked: Mapping[Run, Algorithm], runs: Runs, file: Path, jobs: int, data: tuple[Any, ...]
 ) -> bool:
     """Do the runs that are not among `runs`, add each when it ends, and write them to `file`.
 

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.common import network
-from benchmarks.common.baselines import Dense, Float16, PowerSGD, current_name
+from benchmarks.common.baselines import Dense, Float16, TorchPowerSGD, current_name
 from benchmarks.common.command_line import (
     INTERRUPTED,
     Parser,
@@ -39,23 +39,23 @@ from benchmarks.common.tables import console, make_table, read_csv, write_csv
 from lbgm_compress import (
     LBGM,
     Atomo,
-    Compressor,
     ErrorFeedback,
     LookBackSubspace,
     SignSGD,
     TopK,
 )
 from lbgm_compress._util.files import atomic_write
+from lbgm_compress.algorithm import Algorithm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHODS: tuple[Compressor, ...] = (
+METHODS: tuple[Algorithm, ...] = (
     Dense(),
     Float16(),
-    PowerSGD(1),
-    PowerSGD(2),
-    PowerSGD(4),
+    TorchPowerSGD(1),
+    TorchPowerSGD(2),
+    TorchPowerSGD(4),
     ErrorFeedback(TopK(0.01)),
     ErrorFeedback(SignSGD(scaled=True)),
     ErrorFeedback(Atomo(4)),
@@ -267,7 +267,7 @@ def build_parser() -> Parser:
         help=f"batches: {', '.join(f'{c} ({n} images a step)' for c, n in CASES.items())} "
         "(default: all)")  # fmt: skip
     add_methods(parser, f"{len(METHODS)} of all kinds",
-        "; and DDP's own Dense(), Float16() and PowerSGD(RANK)")  # fmt: skip
+        "; and DDP's own Dense(), Float16() and TorchPowerSGD(RANK)")  # fmt: skip
     add("--epochs", type=int, default=3, help="epochs of each run (default: 3)")
     add("--images", type=int, default=60_000, help="training images to use (default: 60000)")
     add("--lr", type=float, default=0.02, help="learning rate, momentum is 0.9 (default: 0.02)")

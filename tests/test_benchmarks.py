@@ -62,6 +62,13 @@ def test_times_are_measured_beside_their_peers(tmp_path, capsys, monkeypatch):
             assert row["peer"] == encode.power_name(rank)
             assert float(row["ratio_to_peer"]) > 0
             assert float(row["decode_ms"]) > 0
+    for model in ("ResNet-50", "GPT-2 small"):
+        for threads in ("1 thread", "2 threads"):
+            for name in encode.SUMS:
+                row = rows[f"{name}, {model}, {threads}"]
+                assert float(row["ratio_to_peer"]) > 0
+                assert row["peer"] == f"{encode.power_name(encode.SUMS_RANK)}, {model}, {threads}"
+                assert row["peer"] in rows
     for compressor, bound in encode.BOUNDS.items():
         assert float(rows[f"{compressor!r}, GPT-2 small"]["decode_ms"]) > 0
         row = rows[f"{compressor!r}, {encode.BACKWARD}"]

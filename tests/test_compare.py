@@ -458,6 +458,38 @@ def test_real_engines_give_what_one_process_gives(
             assert method["wire_bytes"] > 2 * method["uplink_bytes"]
 
 
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", pytest.param("horovod", marks=[pytest.mark.horovod, needs_horovod])],
+)
+def test_contributions_add_up_on_real_engines_as_in_one_process(
+    engine, tmp_path, compare_here, capsys
+):
+    methods = "ErrorFeedback(SharedSubspace(4, 2, 'float32')), ErrorFeedback(PowerSGD(2)), "
+    methods += "SharedLBGM(0.5)"
+    common = ["--workers", "3", "--rounds", "8", "--lr", "0.1", "--partition", "dirichlet:0.5"]
+    common += ["--methods", methods]
+    for name in ("process", engine):
+        assert compare_here(*common, "--engine", name, "--out", name) == 0
+    expected, found = numbers_of(tmp_path / "process"), numbers_of(tmp_path / engine)
+    assert len(expected) == len(found) == 3 * 8
+    for (method, number, accuracy, uplink), other in zip(expected, found, strict=True):
+        assert other[:2] == (method, number)
+        assert other[2] == pytest.approx(accuracy, abs=2 / 360)
+        # A real sum begins with three numbers about the ranks.
+        assert 0 < other[3] - uplink <= 3 * 3 * 4
+    shares = [
+        [float(row["recycled_share"]) for row in rows_of(tmp_path / name)]
+        for name in ("process", engine)
+    ]
+    assert shares[0] == shares[1]
+    assert max(shares[0][-8:]) > 0
+    summary = json.loads((tmp_path / engine / "summary.json").read_text())
+    for method in summary["methods"]:
+        assert method["wire_bytes"] > method["uplink_bytes"]
+
+
 @pytest.mark.flower
 @pytest.mark.xdist_group("flower")
 @pytest.mark.skipif(
@@ -485,8 +517,14 @@ def test_flowers_simulation_gives_what_one_process_gives(tmp_path, compare_here)
         (["--engine", "ddp", "--participation", "0.5"], "all ranks take part in every round"),
         (["--engine", "ddp", "--device", "cuda"], "--device"),
         (["--engine", "mpi"], "invalid choice"),
-        (["--methods", "PowerSGD(2)"], "PowerSGD(2) is part of DistributedDataParallel"),
-        (["--engine", "ddp", "--methods", "PowerSGD(0)"], "rank must be a whole number"),
+        (["--methods", "TorchPowerSGD(2)"], "TorchPowerSGD(2) is part of DistributedDataParallel"),
+        (["--engine", "ddp", "--methods", "TorchPowerSGD(0)"], "rank must be a whole number"),
+        (
+            ["--methods", "SharedLBGM()", "--participation", "0.5"],
+            "SharedLBGM() averages by sums over all workers, and --participation is 0.5",
+        ),
+        (["--methods", "SharedLBGM()", "--open-loop"], "no messages that --open-loop could"),
+        (["--engine", "flower", "--methods", "ErrorFeedback(PowerSGD())"], "which Flower has not"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

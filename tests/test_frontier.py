@@ -17,6 +17,7 @@ from benchmarks.common.command_line import read_methods
 from benchmarks.common.data import Dataset, DatasetMissing, load_plays
 from benchmarks.common.frontier_settings import Run, methods_of, training_of
 from benchmarks.common.models import parameters
+from benchmarks.common.plots import family_of
 from benchmarks.common.training import Workers, local_updates
 from benchmarks.frontier import Evaluation, bytes_to, front, rows_of
 from tests.idx import write_idx
@@ -92,18 +93,44 @@ def test_runs_are_kept_and_not_done_again(tmp_path, folder, one_process, monkeyp
 @pytest.mark.timeout(280)
 def test_powersgd_is_torchs_own_in_a_process_for_each_worker(tmp_path, folder, one_process):
     common = [*QUICK, "--data-dir", folder, "--out", str(tmp_path), "--settings", "small-batch"]
-    methods = "Identity(), PowerSGD(rank=2), ErrorFeedback(Atomo(2))"
+    methods = "Identity(), TorchPowerSGD(rank=2), ErrorFeedback(Atomo(2))"
     assert frontier.main([*common, "--methods", methods]) == 0
     runs = {what.method: e for what, e in frontier.read_runs(tmp_path / "frontier.csv").items()}
-    power = [e.uplink_bytes for e in runs["PowerSGD(2)"]]
+    power = [e.uplink_bytes for e in runs["TorchPowerSGD(2)"]]
     # Two dense rounds, then factors of both matrices and the biases as they are.
     dense = 4 * (784 * 128 + 128 + 128 * 10 + 10)
     factors = 4 * (2 * (784 + 128) + 2 * (128 + 10) + 128 + 10)
     assert power == [4 * (min(i, 2) * dense + max(0, i - 2) * factors) for i in (1, 2, 3, 4)]
     # Before anything is left out, it trains as everybody does.
     for i in (0, 1):
-        exact, found = runs["Identity()"][i].loss, runs["PowerSGD(2)"][i].loss
+        exact, found = runs["Identity()"][i].loss, runs["TorchPowerSGD(2)"][i].loss
         assert found == pytest.approx(exact, rel=1e-4)
+
+
+def test_contributions_that_add_up_are_counted_once_a_worker(tmp_path, folder, one_process):
+    common = [*QUICK, "--data-dir", folder, "--out", str(tmp_path), "--settings", "small-batch"]
+    methods = "Identity(), ErrorFeedback(PowerSGD(2)), SharedLBGM(0.0, 'float32')"
+    assert frontier.main([*common, "--methods", methods]) == 0
+    exact, power, look_back = frontier.read_runs(tmp_path / "frontier.csv").values()
+    # Factors of both matrices in float16, and the biases as they are.
+    factors = 2 * (2 * (784 + 128) + 2 * (128 + 10) + 128 + 10)
+    assert [e.uplink_bytes for e in power] == [4 * i * factors for i in (1, 2, 3, 4)]
+    # A coefficient and a sketch of each matrix, and everything in full.
+    full = 4 * (784 * 128 + 128 + 128 * 10 + 10 + 2 * (1 + 256))
+    assert [e.uplink_bytes for e in look_back] == [4 * i * full for i in (1, 2, 3, 4)]
+    for i in range(4):
+        assert look_back[i].loss == pytest.approx(exact[i].loss, rel=1e-4)
+
+
+def test_methods_of_one_name_in_another_have_families_of_their_own():
+    families = {
+        "ErrorFeedback(SharedSubspace())": "SharedSubspace",
+        "SharedLBGM(delta=0.5)": "SharedLBGM",
+        "LBGM(delta=0.5)": "LBGM",
+        "ErrorFeedback(PowerSGD(rank=2))": "PowerSGD",
+        "TorchPowerSGD(2)": "TorchPowerSGD",
+    }
+    assert {method: family_of(method) for method in families} == families
 
 
 def test_bytes_are_counted_until_the_mean_of_four_evaluations_arrives():
@@ -208,8 +235,8 @@ def test_transformer_learns_text_and_looks_at_nothing_that_follows(tmp_path, mon
         (["--settings", "text"], "nothing to run"),
         (["--jobs", "0"], "--jobs starts at 1"),
         (["--methods", "TopK(2)"], "ratio must be above 0"),
-        (["--methods", "PowerSGD(2)", "--settings", "local-iid"], "nothing to run"),
-        (["--methods", "LBGM(PowerSGD(2))"], "makes no messages, and cannot be wrapped"),
+        (["--methods", "TorchPowerSGD(2)", "--settings", "local-iid"], "nothing to run"),
+        (["--methods", "LBGM(TorchPowerSGD(2))"], "makes no messages, and cannot be wrapped"),
         (["--data-dir", "nowhere"], "no train-images-idx3-ubyte"),
         (["--text-dir", "nowhere", "--settings", "text"], "nowhere holds 0 plays"),
     ],
@@ -233,7 +260,7 @@ def test_kept_results_of_earlier_names_are_read_and_drawn(tmp_path):
     kept = ROOT / "benchmarks" / "results" / "frontier" / "frontier.csv"
     runs = frontier.read_runs(kept)
     methods = {what.method for what in runs}
-    assert {"PowerSGD(1)", "PowerSGD(2)", "PowerSGD(4)"} <= methods
+    assert {"TorchPowerSGD(1)", "TorchPowerSGD(2)", "TorchPowerSGD(4)"} <= methods
     assert read_methods(", ".join(methods))
     frontier.draw(tmp_path, {what: e for what, e in runs.items() if what.setting == "small-batch"})
     assert [path.name for path in tmp_path.iterdir()] == ["frontier-small-batch.png"]

@@ -49,7 +49,8 @@ def namespaces(pid):
 def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(
     allowed, images, tmp_path, capsys
 ):
-    methods = "Dense(), Float16(), PowerSGD(1), LBGM(TopK(0.01), delta=0.5)"
+    methods = "Dense(), Float16(), TorchPowerSGD(1), ErrorFeedback(SharedSubspace(4)), "
+    methods += "LBGM(TopK(0.01), delta=0.5)"
     arguments = ["--ranks", "2", "--rates", "200", "--cases", "large", "--epochs", "2"]
     arguments += ["--methods", methods, "--images", "2048", "--data-dir", str(images)]
     status = link.main([*arguments, "--out", str(tmp_path)])
@@ -67,7 +68,7 @@ def test_methods_train_over_a_slow_link_and_bytes_on_the_wire_are_theirs(
     assert float(rows[0]["message_bytes"]) > 30 * float(rows[-1]["message_bytes"])
     assert (tmp_path / "accuracy-large-2-200.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "step-large-2.png").exists()
-    for method in ("Dense()", "PowerSGD(1)", "LBGM(TopK(0.01), delta=0.5)"):
+    for method in ("Dense()", "TorchPowerSGD(1)", "LBGM(TopK(0.01), delta=0.5)"):
         assert method in printed
 
 
@@ -121,7 +122,7 @@ def test_kept_results_of_earlier_names_are_drawn_without_links(tmp_path):
     # Drawing does not change the results.
     assert (tmp_path / "link.csv").read_text() == "".join(lines)
     epochs = link.read_epochs(kept)
-    assert {"Dense()", "PowerSGD(4)"} <= {epoch.method for epoch in epochs}
+    assert {"Dense()", "TorchPowerSGD(4)"} <= {epoch.method for epoch in epochs}
     link.write_epochs(tmp_path / "link.csv", epochs)
     assert link.read_epochs(tmp_path / "link.csv") == epochs
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.baselines import Counter, register
-from lbgm_compress import Compressor
+from lbgm_compress.algorithm import Algorithm
 
 __all__ = ["Backward", "Tensors", "backward_times"]
 
@@ -50,7 +50,7 @@ class Tensors(nn.Module):
 
 
 def backward_times(
-    methods: Sequence[Compressor], count: int, size: int, repeats: int, seed: int
+    methods: Sequence[Algorithm], count: int, size: int, repeats: int, seed: int
 ) -> list[Backward]:
     """Measure backward passes with each of `methods` in turns.
 
@@ -67,7 +67,7 @@ def backward_times(
 def _rank(
     rank: int,
     folder: str,
-    methods: Sequence[Compressor],
+    methods: Sequence[Algorithm],
     count: int,
     size: int,
     repeats: int,

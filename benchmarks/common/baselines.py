@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from lbgm_compress import Compressor
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.compressor import Encoding, State
 from lbgm_compress.decoded import Decoded
@@ -27,7 +28,7 @@ __all__ = [
     "Counter",
     "Dense",
     "Float16",
-    "PowerSGD",
+    "TorchPowerSGD",
     "Sent",
     "counter_of",
     "current_name",
@@ -101,7 +102,7 @@ class Float16(Baseline):
 
 
 @dataclass(frozen=True, repr=False)
-class PowerSGD(Baseline):
+class TorchPowerSGD(Baseline):
     """torch's PowerSGD hook (arXiv 1905.13727), with error feedback and two dense steps first.
 
     On gloo it hangs with more than one bucket.
@@ -127,13 +128,14 @@ class PowerSGD(Baseline):
         return 4 * (dense + int(state.total_numel_after_compression))
 
 
-BASELINES: tuple[type[Baseline], ...] = (Dense, Float16, PowerSGD)
+BASELINES: tuple[type[Baseline], ...] = (Dense, Float16, TorchPowerSGD)
 
-# Names of methods in results that were kept before methods were expressions.
+# Names of methods in kept results: before methods were expressions, and before the package had a
+# PowerSGD of its own, whose expressions are PowerSGD() and PowerSGD(rank=1).
 EARLIER = {
     "dense": "Dense()",
     "fp16": "Float16()",
-    **{f"PowerSGD(rank={rank})": f"PowerSGD({rank})" for rank in (1, 2, 4)},
+    **{f"PowerSGD({rank})": f"TorchPowerSGD({rank})" for rank in (1, 2, 4)},
 }
 
 
@@ -144,7 +146,7 @@ def current_name(name: str) -> str:
 
 def register(
     model: DistributedDataParallel,
-    compressor: Compressor,
+    compressor: Algorithm,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight: float = 1.0,
 ) -> Counter:

@@ -17,7 +17,7 @@ import torch
 from benchmarks.common.baselines import BASELINES, Baseline
 from benchmarks.common.data import IMAGES
 from benchmarks.common.models import IMAGE_MODELS
-from lbgm_compress import Compressor
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.compressors.parse import import_known, parse_compressors
 
 __all__ = [
@@ -167,9 +167,7 @@ def add_known(parser: Parser) -> None:
     )
 
 
-def read_methods(
-    text: str, known: Iterable[str] = (), *, baselines: bool = True
-) -> list[Compressor]:
+def read_methods(text: str, known: Iterable[str] = (), *, ranks: bool = True) -> list[Algorithm]:
     """Return the methods of a comma-separated list of expressions.
 
     Parameters
@@ -178,19 +176,22 @@ def read_methods(
         The list.
     known
         The values of ``--known``.
-    baselines
-        If the list may name baselines beside compressors.
+    ranks
+        If the list may name methods of ranks beside compressors: baselines, and those whose
+        contributions add up.
 
     Raises
     ------
     ValueError
-        If one cannot be read, is named twice, or wraps a baseline.
+        If one cannot be read, is named twice, wraps a baseline, or needs ranks.
     """
-    classes = [*(BASELINES if baselines else ()), *import_known(known)]
+    classes = [*(BASELINES if ranks else ()), *import_known(known)]
     methods = parse_compressors(text, classes)
     for position, method in enumerate(methods):
         if method in methods[:position]:
             raise ValueError(f"--methods names {method!r} twice")
+        if method.adds_up and not ranks:
+            raise ValueError(f"{method!r} averages by sums over all workers, which Flower has not")
         inner = getattr(method, "inner", None)
         while inner is not None:
             if isinstance(inner, Baseline):

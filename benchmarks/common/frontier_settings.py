@@ -9,20 +9,23 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.common.baselines import PowerSGD
+from benchmarks.common.baselines import TorchPowerSGD
 from benchmarks.common.data import Dataset, load, load_plays
 from benchmarks.common.partition import partition, subsets
 from benchmarks.common.training import Training
 from lbgm_compress import (
     LBGM,
     Atomo,
-    Compressor,
     ErrorFeedback,
     Identity,
     LookBackSubspace,
+    PowerSGD,
+    SharedLBGM,
+    SharedSubspace,
     SignSGD,
     TopK,
 )
+from lbgm_compress.algorithm import Algorithm
 
 __all__ = ["DENSE", "POWER_SGD", "SETTINGS", "Run", "Setting", "methods_of", "training_of"]
 
@@ -30,7 +33,7 @@ TEST_IMAGES = 4000
 EVALUATIONS = 20
 
 
-def subspace(rank: int, delta: float) -> Compressor:
+def subspace(rank: int, delta: float) -> Algorithm:
     """Return a look-back subspace with error feedback and few bits for each number."""
     inner = LookBackSubspace(rank, delta, values="int4", directions="int2")
     return ErrorFeedback(inner)
@@ -59,7 +62,16 @@ SUBSPACES = (
     ErrorFeedback(LookBackSubspace(4, 0.9, values="int2")),
     ErrorFeedback(LookBackSubspace(8, 0.1, view="flat", values="int8")),
 )
-POWER_SGD = (PowerSGD(1), PowerSGD(2), PowerSGD(4))
+# Contributions add up: for these all workers take part in every round.
+SUMS = (
+    ErrorFeedback(SharedSubspace(8)),
+    ErrorFeedback(SharedSubspace(8, refresh_every=1)),
+    ErrorFeedback(SharedSubspace(4)),
+    ErrorFeedback(SharedSubspace(16, refresh_every=2)),
+    *(ErrorFeedback(PowerSGD(rank)) for rank in (1, 2, 4)),
+    SharedLBGM(0.5),
+)
+POWER_SGD = (TorchPowerSGD(1), TorchPowerSGD(2), TorchPowerSGD(4))
 ALL = (DENSE, *TOPK, *COARSE_TOPK, SIGN, *ATOMO, *LOOK_BACK, *SUBSPACES)
 # For models that train slowly.
 FEW = (DENSE, *TOPK[1:], *COARSE_TOPK, *SUBSPACES[2:4], *SUBSPACES[7:12])
@@ -123,6 +135,12 @@ SETTINGS = {
         batch_size=32,
         **PARALLEL,
     ),
+    "small-batch-16": Setting(
+        "data-parallel, 16 workers with batches of 32, momentum 0.9",
+        {"fcn": 300},
+        batch_size=32,
+        **{**PARALLEL, "workers": 16, "images": {"fcn": 3750}},
+    ),
     "text": Setting(
         "a transformer on Shakespeare's plays, one a worker, 10 local steps of AdamW with 10 x 32 "
         "characters, outer Nesterov 0.7 / 0.9",
@@ -146,10 +164,10 @@ class Run(NamedTuple):
     seed: int
 
 
-def methods_of(setting: str, model: str) -> tuple[Compressor, ...]:
+def methods_of(setting: str, model: str) -> tuple[Algorithm, ...]:
     """Return the default methods."""
     methods = ALL if model == "fcn" else FEW
-    return (*methods, *POWER_SGD) if SETTINGS[setting].data_parallel else methods
+    return (*methods, *SUMS, *POWER_SGD) if SETTINGS[setting].data_parallel else methods
 
 
 @functools.lru_cache(maxsize=2)

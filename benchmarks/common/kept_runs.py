@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.common.report import COLUMNS, MethodResult
 from benchmarks.common.tables import read_csv, write_csv
 from benchmarks.common.training import Round
-from lbgm_compress import Compressor
 from lbgm_compress._util.files import atomic_write
+from lbgm_compress.algorithm import Algorithm
 
 __all__ = ["keep", "results_of", "summary_of"]
 
@@ -59,7 +59,7 @@ def keep(found: Path, folder: Path) -> None:
     )
 
 
-def results_of(folder: Path, methods: Iterable[Compressor]) -> list[MethodResult]:
+def results_of(folder: Path, methods: Iterable[Algorithm]) -> list[MethodResult]:
     """Return the kept rounds of these methods."""
     rows: dict[str, list[Round]] = {}
     arguments = summary_of(folder).get("arguments", {})

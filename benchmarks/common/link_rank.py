@@ -19,7 +19,7 @@ from benchmarks.common.baselines import register
 from benchmarks.common.command_line import read_methods
 from benchmarks.common.data import Dataset, load
 from benchmarks.common.models import build
-from lbgm_compress import Compressor
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.transport import ProcessGroupTransport
 
 PROBE_BYTES = 4_000_000
@@ -43,7 +43,7 @@ def mean_over_ranks(number: float) -> float:
     return tensor.item() / dist.get_world_size()
 
 
-def train(dataset: Dataset, task: dict[str, Any], method: Compressor) -> None:
+def train(dataset: Dataset, task: dict[str, Any], method: Algorithm) -> None:
     """Train with one method, and report every epoch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(

@@ -7,8 +7,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lbgm_compress import LBGM, Compressor, ErrorFeedback
+from lbgm_compress import LBGM, ErrorFeedback
 from lbgm_compress._util.units import human_bytes
+from lbgm_compress.algorithm import Algorithm
+from lbgm_compress.compressor import Compressor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,18 +31,21 @@ __all__ = [
 
 # Colours and markers of points, by the first of these names that a method's expression contains.
 FAMILIES = {
+    "SharedSubspace": ("tab:pink", "p"),
+    "SharedLBGM": ("tab:cyan", "<"),
     "LookBackSubspace": ("tab:red", "o"),
     "LBGM": ("tab:purple", "s"),
     "TopK": ("tab:blue", "^"),
     "Atomo": ("tab:green", "D"),
     "SignSGD": ("tab:orange", "v"),
-    "PowerSGD": ("tab:brown", "P"),
+    "TorchPowerSGD": ("tab:brown", "P"),
+    "PowerSGD": ("tab:olive", "h"),
     "Identity": ("black", "*"),
     "other": ("tab:gray", "X"),
 }
 
 
-def line_styles(methods: Sequence[Compressor]) -> list[dict[str, Any]]:
+def line_styles(methods: Sequence[Algorithm]) -> list[dict[str, Any]]:
     """Return keyword arguments of ``Axes.plot`` for each method.
 
     Methods around the same compressor have one colour. Lines are broken where a receiver keeps
@@ -49,14 +54,14 @@ def line_styles(methods: Sequence[Compressor]) -> list[dict[str, Any]]:
     from matplotlib import colormaps
 
     palette = colormaps["tab10"].colors
-    innermost: list[Compressor] = []
-    used: dict[tuple[Compressor, bool], int] = {}
+    innermost: list[Algorithm] = []
+    used: dict[tuple[Algorithm, bool], int] = {}
     styles = []
     for method in methods:
         inner = _innermost(method)
         if inner not in innermost:
             innermost.append(inner)
-        broken = method.receiver_has_state
+        broken = keeps_receiver_state(method)
         variant = used.get((inner, broken), 0)
         used[inner, broken] = variant + 1
         lines = ("--", ":", "-.", (0, (1, 3))) if broken else ("-", (0, (8, 2)), (0, (5, 5)))
@@ -71,7 +76,12 @@ def line_styles(methods: Sequence[Compressor]) -> list[dict[str, Any]]:
     return styles
 
 
-def _innermost(method: Compressor) -> Compressor:
+def keeps_receiver_state(method: Algorithm) -> bool:
+    """Return whether a receiver keeps state; contributions that add up have no receiver."""
+    return isinstance(method, Compressor) and not method.adds_up and method.receiver_has_state
+
+
+def _innermost(method: Algorithm) -> Algorithm:
     while isinstance(method, (LBGM, ErrorFeedback)):
         method = method.inner
     return method

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.common.plots import chart, line_styles, show_bytes, show_percent
 from benchmarks.common.tables import write_csv
 from benchmarks.common.training import Round
-from lbgm_compress import Compressor
 from lbgm_compress._util.files import atomic_write
 from lbgm_compress._util.units import human_bytes
+from lbgm_compress.algorithm import Algorithm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ COLUMNS = (
 class MethodResult:
     """The rounds that one method has finished."""
 
-    compressor: Compressor
+    compressor: Algorithm
     planned_rounds: int
     rounds: list[Round] = field(default_factory=list)
 

@@ -1,5 +1,8 @@
 """Training in one process: K workers, a server, and real messages between them.
 
+A method whose contributions add up is trained with `Lockstep` in the place of a server: the workers
+average among themselves, and all of them take part in every round.
+
 In a round, the sampled workers start from the global model w, take tau steps of SGD on their own
 images and send the sum of the tau gradients, g. The server averages the decoded g, weighted by the
 workers' numbers of images, and steps: v <- momentum * v + mean, w <- w - lr * v. With AdamW inside,
@@ -10,8 +13,9 @@ g is the difference of the weights, and the server's momentum is Nesterov's (DiL
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +24,10 @@ from torch.func import functional_call, grad, vmap
 from benchmarks.common.data import Dataset
 from benchmarks.common.models import build, parameters
 from lbgm_compress import Compressor, Receiver, Sender
+from lbgm_compress.algorithm import Algorithm
+from lbgm_compress.collective.lockstep import Lockstep
 
-__all__ = ["Round", "Training", "Workers", "evaluate", "local_updates", "run"]
+__all__ = ["Round", "Training", "Workers", "check_sums", "evaluate", "local_updates", "run"]
 
 # Largest number of floats of activations and gradients for workers that train in one call.
 CHUNK = 32_000_000
@@ -78,9 +84,9 @@ class Round:
     loss: float
     """Mean cross-entropy on the test images."""
     uplink_bytes: int
-    """Size of the messages of all sampled workers."""
+    """Size of what all sampled workers send: messages, or numbers that are added up."""
     recycled_share: float
-    """Share of tensors sent as a look-back coefficient alone."""
+    """Share of tensors sent as look-back coefficients alone."""
     seconds: float
     wire_bytes: int | None = None
     """Bytes on the network interface, headers included; None if the engine uses none."""
@@ -132,14 +138,114 @@ class Workers:
         return self.images[index], self.labels[index], weights.to(self.images.device)
 
 
-def run(training: Training, compressor: Compressor) -> Iterator[Round]:
-    """Train with one compressor, and yield every round as it ends."""
+def check_sums(method: Algorithm, participation: float, open_loop: bool = False) -> None:
+    """Check that a method, if its contributions add up, can be trained so.
+
+    Raises
+    ------
+    ValueError
+        If not all workers take part in every round, or updates are not to be compressed.
+    """
+    if not method.adds_up:
+        return
+    if participation != 1:
+        raise ValueError(
+            f"{method!r} averages by sums over all workers, and --participation is "
+            f"{participation:g}: use 1"
+        )
+    if open_loop:
+        raise ValueError(f"{method!r} makes no messages that --open-loop could measure")
+
+
+class Exchanged(NamedTuple):
+    """The average of a round, and what was sent for it by all workers that took part."""
+
+    average: Parameters
+    bytes: int
+    recycled: int
+    """Tensors sent as coefficients alone."""
+    tensors: int
+
+
+class Exchange(Protocol):
+    """Averages updates of sampled workers."""
+
+    def average(self, updates: Parameters, sampled: list[int]) -> Exchanged:
+        """Return the average, weighted by numbers of images.
+
+        Parameters
+        ----------
+        updates
+            The updates of the sampled workers, stacked along a first axis.
+        sampled
+            The numbers of the workers.
+        """
+
+
+class Messages:
+    """A sender for each worker, and a server that decodes their messages."""
+
+    def __init__(self, training: Training, compressor: Compressor, sizes: Sequence[int]) -> None:
+        weights = parameters(training.initial_model())
+        self._senders = [Sender(compressor, seed=worker) for worker in range(len(sizes))]
+        self._receiver = Receiver(compressor, like=weights)
+        self._sizes = sizes
+        self._open_loop = training.open_loop
+
+    def average(self, updates: Parameters, sampled: list[int]) -> Exchanged:
+        """Return what the server decodes; in open loop the average before compression."""
+        total = sum(self._sizes[worker] for worker in sampled)
+        mean = {name: torch.zeros_like(g[0]) for name, g in updates.items()}
+        # In open loop, messages are decoded into tensors that are not used.
+        into = {name: torch.zeros_like(m) for name, m in mean.items()} if self._open_loop else mean
+        sent = recycled = tensors = 0
+        for i, worker in enumerate(sampled):
+            message = self._senders[worker].compress({name: g[i] for name, g in updates.items()})
+            share = self._sizes[worker] / total
+            self._receiver.accumulate(worker, message, into, share)
+            if self._open_loop:
+                for name, g in updates.items():
+                    mean[name].add_(g[i], alpha=share)
+            sent += message.numel()
+            report = self._senders[worker].report().values()
+            recycled += sum(tensor.recycled for tensor in report)
+            tensors += len(report)
+        average = mean if self._open_loop else self._receiver.finish(mean)
+        return Exchanged(average, sent, recycled, tensors)
+
+
+class Sums:
+    """Workers whose contributions add up; all of them take part."""
+
+    def __init__(self, training: Training, method: Algorithm, sizes: Sequence[int]) -> None:
+        check_sums(method, training.participation, training.open_loop)
+        self._workers = Lockstep(method, len(sizes))
+        self._shares = [size / sum(sizes) for size in sizes]
+
+    def average(self, updates: Parameters, sampled: list[int]) -> Exchanged:
+        """Return the average that all workers have."""
+        grads = [{name: g[worker] for name, g in updates.items()} for worker in sampled]
+        average = self._workers.average(grads, self._shares)
+        # The reports of all workers are the same.
+        report = self._workers.workers[0].report().values()
+        recycled = sum(tensor.recycled for tensor in report)
+        return Exchanged(average, self._workers.bytes * len(sampled), recycled, len(report))
+
+
+def run(training: Training, method: Algorithm) -> Iterator[Round]:
+    """Train with one method, and yield every round as it ends.
+
+    Raises
+    ------
+    ValueError
+        If the method needs all workers in every round, and not all take part.
+    """
     model = training.initial_model()
     weights = parameters(model)
     velocity = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     workers = Workers(training)
-    senders = [Sender(compressor, seed=worker) for worker in range(len(workers.sizes))]
-    receiver = Receiver(compressor, like=weights)
+    kind = Sums if method.adds_up else Messages
+    exchange: Exchange = kind(training, method, workers.sizes)
     sampler = torch.Generator().manual_seed(training.seed)
     test = (
         training.dataset.test_images.to(training.device),
@@ -149,29 +255,10 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
     accuracy = loss = 0.0
     for number in range(1, training.rounds + 1):
         start = time.perf_counter()
-        order = torch.randperm(len(senders), generator=sampler)
+        order = torch.randperm(len(workers.sizes), generator=sampler)
         sampled = sorted(order[: training.sampled()].tolist())
-        total = sum(workers.sizes[worker] for worker in sampled)
-        mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        # In open loop, messages are decoded into tensors that are not used.
-        into = mean
-        if training.open_loop:
-            into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        uplink = recycled = tensors = 0
-        updates = update(weights, sampled)
-        for i, worker in enumerate(sampled):
-            message = senders[worker].compress({name: g[i] for name, g in updates.items()})
-            share = workers.sizes[worker] / total
-            receiver.accumulate(worker, message, into, share)
-            if training.open_loop:
-                for name, g in updates.items():
-                    mean[name].add_(g[i], alpha=share)
-            uplink += message.numel()
-            report = senders[worker].report().values()
-            recycled += sum(tensor.recycled for tensor in report)
-            tensors += len(report)
-        steps = mean if training.open_loop else receiver.finish(mean)
-        for name, step in steps.items():
+        exchanged = exchange.average(update(weights, sampled), sampled)
+        for name, step in exchanged.average.items():
             velocity[name].mul_(training.server_momentum).add_(step)
             move = velocity[name]
             if training.adamw_lr is not None:
@@ -184,8 +271,8 @@ def run(training: Training, compressor: Compressor) -> Iterator[Round]:
             number,
             accuracy,
             loss,
-            uplink,
-            recycled / tensors,
+            exchanged.bytes,
+            exchanged.recycled / exchanged.tensors,
             seconds,
             evaluated=training.evaluated(number),
         )

@@ -26,7 +26,7 @@ from benchmarks.common.engines.ddp import Ddp
 from benchmarks.common.engines.horovod import Horovod
 from benchmarks.common.processes import environment
 from benchmarks.common.training import Round, Training
-from lbgm_compress import Compressor
+from lbgm_compress.algorithm import Algorithm
 
 __all__ = ["ENGINES", "KEY", "RANKS", "EngineError", "check_engine", "running"]
 
@@ -48,7 +48,7 @@ RANKS: dict[str, type[Engine]] = {"ddp": Ddp, "horovod": Horovod}
 
 
 def check_engine(
-    name: str, methods: Sequence[Compressor], participation: float, device: str
+    name: str, methods: Sequence[Algorithm], participation: float, device: str
 ) -> None:
     """Check that an engine is installed and can do what is asked for.
 
@@ -61,6 +61,11 @@ def check_engine(
         if isinstance(method, Baseline) and name != "ddp":
             raise ValueError(
                 f"{method!r} is part of DistributedDataParallel: use --engine ddp, not {name}"
+            )
+        if method.adds_up and name == "flower":
+            raise ValueError(
+                f"{method!r} averages by sums over all workers, which Flower has not: use --engine "
+                "process, ddp or horovod"
             )
     if name == "process":
         return
@@ -86,7 +91,7 @@ class Running:
     def __init__(self, connection: Connection, log: IO[str]) -> None:
         self._connection, self._log = connection, log
 
-    def run(self, compressor: Compressor) -> Iterator[Round]:
+    def run(self, compressor: Algorithm) -> Iterator[Round]:
         """Train with one compressor, and yield every round as it ends.
 
         Raises

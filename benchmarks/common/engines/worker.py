@@ -23,7 +23,7 @@ from benchmarks.common.baselines import Baseline
 from benchmarks.common.engines.base import Engine
 from benchmarks.common.engines.running import KEY, RANKS
 from benchmarks.common.training import Round, Training, Workers, evaluate, local_updates
-from lbgm_compress import Compressor
+from lbgm_compress.algorithm import Algorithm
 
 CROSSED = Path("/sys/class/net/lo/statistics/tx_bytes")
 
@@ -41,7 +41,7 @@ class Linear(nn.Module):
         ).sum()
 
 
-def train(engine: Engine, training: Training, compressor: Compressor) -> Iterator[Round]:
+def train(engine: Engine, training: Training, compressor: Algorithm) -> Iterator[Round]:
     """Train as `benchmarks.common.training.run` does, as one of its workers."""
     model = training.initial_model()
     workers = Workers(training)
