@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress._util.groups import check_group, default_group, group_like
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.local import LocalTraining
 from lbgm_compress.collective.local.group import GroupTransport
 from lbgm_compress.collective.local.node import Follower, Node
@@ -25,7 +26,6 @@ from lbgm_compress.collective.local.options import (
 )
 from lbgm_compress.collective.local.training import Accept
 from lbgm_compress.collective.local.warned import warn
-from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.identity import Identity
 
 __all__ = ["DiLoCo"]
@@ -110,7 +110,7 @@ class DiLoCo:
         self,
         model: nn.Module,
         inner_optimizer: torch.optim.Optimizer,
-        compressor: Compressor,
+        compressor: Algorithm,
         sync_every: int = 30,
         outer_optimizer: torch.optim.Optimizer | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -118,7 +118,7 @@ class DiLoCo:
         residual: str = "model",
         fragments: int = 1,
         delay: int = 0,
-        final: Compressor | None = None,
+        final: Algorithm | None = None,
         accept: Accept | None = None,
         weight: float = 1.0,
     ) -> None:

@@ -73,8 +73,7 @@ class Lockstep:
             worker.keep(given, one.found, one.exponents, one.sizes)
         self.bytes = rounds[0].bytes
         return {
-            name: rounds[0].average(name, torch.empty_like(like))
-            for name, like in grads[0].items()
+            name: rounds[0].average(name, torch.empty_like(like)) for name, like in grads[0].items()
         }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lbgm_compress._util.batches import is_small, stack
 from lbgm_compress._util.checks import check_number
 from lbgm_compress._util.contents import all_finite, nonzero
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.compressor import Compressor, Encoding, State, raw, zero
 from lbgm_compress.decoded import missing_from_all
 from lbgm_compress.reducible import Reducible, Sums
@@ -58,7 +59,7 @@ class ErrorFeedback(Wrapper):
     tensor([0., 2.])
     """
 
-    inner: Compressor | Reducible  # type: ignore[assignment]
+    inner: Algorithm  # type: ignore[assignment]
     decay: float = 1.0
 
     def __post_init__(self) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lbgm_compress._util.checks import check_choice, check_whole
+from lbgm_compress.algorithm import check_algorithm
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.parameters import may_have_gradient, named_pairs
 from lbgm_compress.collective.transport import Transport, gather_texts
-from lbgm_compress.compressor import check_compressor
 
 __all__ = [
     "check_optimizers",
@@ -43,7 +43,7 @@ def check_options(
         if of is None and name == "final":
             continue
         try:
-            check_compressor(of)
+            check_algorithm(of)
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from None
     Averager.check_options(compressor, 0, weight, 1.0)

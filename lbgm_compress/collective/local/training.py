@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lbgm_compress._util.contents import all_finite, nonzero
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.averager import Averager
 from lbgm_compress.collective.background import Worker, ready_event, stream_after
 from lbgm_compress.collective.local.common_model import (
@@ -39,7 +40,6 @@ from lbgm_compress.collective.local.pending import Exchanged, Pending
 from lbgm_compress.collective.local.saved import SavedRounds
 from lbgm_compress.collective.local.warned import warn
 from lbgm_compress.collective.transport import Transport
-from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.identity import Identity
 
@@ -113,7 +113,7 @@ class LocalTraining(SavedRounds):
         self,
         model: nn.Module,
         inner_optimizer: torch.optim.Optimizer,
-        compressor: Compressor,
+        compressor: Algorithm,
         transport: Transport,
         *,
         sync_every: int = 30,
@@ -121,7 +121,7 @@ class LocalTraining(SavedRounds):
         residual: str = "model",
         fragments: int = 1,
         delay: int = 0,
-        final: Compressor | None = None,
+        final: Algorithm | None = None,
         accept: Accept | None = None,
         weight: float = 1.0,
         node: Node | None = None,
