@@ -103,6 +103,12 @@ class Dense(Decoded):
     def dense(self) -> Tensor:
         return self.tensor
 
+    def subtract_from(self, tensor: Tensor) -> None:
+        if self.tensor.data_ptr() == tensor.data_ptr():
+            # A sum without rounding sends a gradient as it is.
+            self.tensor = self.tensor.clone()
+        super().subtract_from(tensor)
+
     @classmethod
     def dense_stack(cls, decoded: Sequence[Dense]) -> Tensor:
         return stack([one.tensor for one in decoded])

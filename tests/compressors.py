@@ -1,7 +1,8 @@
 """The one list of compressors and compositions that tests run over.
 
 A new compressor adds a line here, and is then checked against every law, against damaged messages
-and, if its receiver has state, against lost and repeated ones.
+and, if its receiver has state, against lost and repeated ones. `REDUCIBLES` is the same list of
+algorithms whose contributions add up.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from lbgm_compress import (
     Identity,
     LookBackSubspace,
     NormBudget,
+    PowerSGD,
+    SharedLBGM,
+    SharedSubspace,
     SignSGD,
     TopK,
 )
+from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.wire.values import PRECISIONS
 
-__all__ = ["COMPRESSORS", "WITH_RECEIVER_STATE"]
+__all__ = ["COMPRESSORS", "REDUCIBLES", "WITH_RECEIVER_STATE"]
 
 COMPRESSORS: list[Compressor] = [
     Identity(),
@@ -77,3 +82,24 @@ COMPRESSORS: list[Compressor] = [
     ErrorFeedback(LookBackSubspace(3, 0.8, view="flat", values="int4")),
 ]
 WITH_RECEIVER_STATE = [c for c in COMPRESSORS if c.receiver_has_state]
+
+REDUCIBLES: list[Algorithm] = [
+    SharedSubspace(),
+    SharedSubspace(2),
+    SharedSubspace(3, refresh_every=1),
+    SharedSubspace(2, values="float32"),
+    ErrorFeedback(SharedSubspace(2, refresh_every=2)),
+    ErrorFeedback(SharedSubspace(2, refresh_every=1, values="float32")),
+    ErrorFeedback(SharedSubspace(4), decay=0.95),
+    SharedLBGM(),
+    SharedLBGM(0),
+    SharedLBGM(0.5, "float32"),
+    SharedLBGM(1),
+    ErrorFeedback(SharedLBGM(0.5)),
+    ErrorFeedback(SharedLBGM(0.9, "float32")),
+    PowerSGD(1),
+    PowerSGD(4),
+    PowerSGD(2, "float32"),
+    ErrorFeedback(PowerSGD(2)),
+    ErrorFeedback(PowerSGD(1, "float32")),
+]
