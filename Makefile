@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 3
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: compare test soak check docs horovod clean
+.PHONY: compare test soak check docs horovod gpu clean
 
 compare: $(VENV)/.installed
 	$(BIN)/python benchmarks/compare.py $(ARGS)
@@ -32,6 +32,9 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,docs,flower,test,torchft]'
 	touch $@
+
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASELINES",
+    "BFloat16",
     "Baseline",
     "Counter",
     "Dense",
@@ -102,6 +103,19 @@ class Float16(Baseline):
 
 
 @dataclass(frozen=True, repr=False)
+class BFloat16(Baseline):
+    """torch's hook that averages gradients in bfloat16."""
+
+    def hook(self) -> tuple[Any, Callable[..., Any]] | None:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        return None, default_hooks.bf16_compress_hook
+
+    def sent_bytes(self, state: Any, size: int, steps: int) -> int:
+        return 2 * size * steps
+
+
+@dataclass(frozen=True, repr=False)
 class TorchPowerSGD(Baseline):
     """torch's PowerSGD hook (arXiv 1905.13727), with error feedback and two dense steps first.
 
@@ -128,7 +142,7 @@ class TorchPowerSGD(Baseline):
         return 4 * (dense + int(state.total_numel_after_compression))
 
 
-BASELINES: tuple[type[Baseline], ...] = (Dense, Float16, TorchPowerSGD)
+BASELINES: tuple[type[Baseline], ...] = (Dense, Float16, BFloat16, TorchPowerSGD)
 
 # Names of methods in kept results: before methods were expressions, and before the package had a
 # PowerSGD of its own, whose expressions are PowerSGD() and PowerSGD(rank=1).
