@@ -95,7 +95,10 @@ class Meeting:
 
         def result() -> Tensor:
             if len(parts) > 1:
-                total = torch.stack(parts).sum(0)
+                total = parts[0].clone()
+                for part in parts[1:]:
+                    # Rounded after each addition, as on a ring.
+                    total += part
                 parts[:] = [total]
                 self._waiting.pop(key, None)
             return parts[0].clone()

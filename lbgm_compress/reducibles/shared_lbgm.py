@@ -19,6 +19,8 @@ __all__ = ["SharedLBGM"]
 
 # Numbers of a sketch. The relative standard error of a squared norm is sqrt(2 / WIDTH), 9 %.
 WIDTH = 256
+# Rows of random signs that are used again and again, each time with other signs of the sums.
+ROWS = 1024
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,10 +77,10 @@ class SharedLBGM(Reducible):
         total = yield Term(torch.cat([along.view(1), _sketch(flat)]), self.values)
         if total.largest == 0:
             return unused(grad, state)
-        phase_error = None
+        phase_error, sketch = None, total.tensor[1:].clone()
         if look_back is not None:
             rho = float(total.tensor[0]) / state["norm"]
-            missed = float((total.tensor[1:] - rho * state["sketch"]).square().sum())
+            missed = float((sketch - rho * state["sketch"]).square().sum())
             square = float(total.tensor[0]) ** 2 + missed
             phase_error = missed / square if square else 1.0
             if phase_error <= self.delta:
@@ -87,24 +89,28 @@ class SharedLBGM(Reducible):
         total = yield Term(wide(grad), self.values)
         if total.largest == 0:
             return unused(grad, state)
-        found = total.tensor.reshape(-1)
-        norm = float(found.norm())
+        norm = float(total.tensor.norm())
         new: State = {}
         if 0 < norm < math.inf:
-            new = {"look_back": total.tensor, "norm": norm, "sketch": _sketch(found)}
+            new = {"look_back": total.tensor, "norm": norm, "sketch": sketch}
         return Contribution(Dense(total.tensor), Dense(total.sent), new, False, phase_error)
 
 
 def _sketch(flat: Tensor) -> Tensor:
     """Return `WIDTH` sums of the elements with random signs, of which all ranks have the same."""
-    rows = -(-flat.numel() // WIDTH)
-    padded = torch.nn.functional.pad(flat, (0, rows * WIDTH - flat.numel()))
-    return (padded.view(rows, WIDTH) * _signs(rows, flat.device)).sum(0)
+    signs, of_sums = _signs(-(-flat.numel() // (ROWS * WIDTH)), flat.device)
+    sums = flat.new_zeros(WIDTH)
+    for part, sign in zip(torch.split(flat, ROWS * WIDTH), of_sums, strict=True):
+        rows = -(-part.numel() // WIDTH)
+        whole = torch.nn.functional.pad(part, (0, rows * WIDTH - part.numel()))
+        sums += (whole.view(rows, WIDTH) * signs[:rows]).sum(0) * sign
+    return sums
 
 
-@functools.lru_cache(maxsize=256)
-def _signs(rows: int, device: torch.device) -> Tensor:
-    """Return random signs (rows x WIDTH, int8)."""
-    generator = torch.Generator().manual_seed(rows)
-    signs = torch.randint(0, 2, (rows, WIDTH), generator=generator, dtype=torch.int8)
-    return (2 * signs - 1).to(device)
+@functools.lru_cache(maxsize=64)
+def _signs(parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return random signs of elements (ROWS x WIDTH), and of the sums of each part, float32."""
+    generator = torch.Generator().manual_seed(0)
+    shape = ROWS + parts, WIDTH
+    signs = torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).float().to(device)
+    return signs[:ROWS], signs[ROWS:]
