@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and __spec__ is None:  # run as a script
@@ -32,11 +32,16 @@ from benchmarks.common.command_line import (
     read_methods,
     start,
 )
-from benchmarks.common.gpu_rank import MODELS, Measured, rank_main
+from benchmarks.common.gpu_rank import Measured, Shapes, rank_main
 from benchmarks.common.processes import ROOT, environment
+from benchmarks.common.shapes import gpt2_shapes, resnet50_shapes
 from benchmarks.common.tables import console, make_table, read_csv, write_csv
 from lbgm_compress._util.units import human_bytes
 
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "ResNet-50": resnet50_shapes,
+    "GPT-2 small": gpt2_shapes,
+}
 METHODS = (
     "Dense(), BFloat16(), TorchPowerSGD(4), ErrorFeedback(PowerSGD(4)), "
     "ErrorFeedback(SharedSubspace(8)), SharedLBGM(), LBGM(TopK(0.01)), "
@@ -66,8 +71,8 @@ def measure(
     """Return the results of one backend and model, as many as there is time for."""
     device = options.device
     with tempfile.TemporaryDirectory() as folder:
-        methods = options.methods or METHODS
-        arguments = (ranks, backend, device, model, methods, options.steps, seconds, folder)
+        work = MODELS[model](), options.methods or METHODS, options.steps
+        arguments = (ranks, backend, device, model, *work, seconds, folder)
         context = mp.start_processes(
             rank_main, arguments, nprocs=ranks, join=False, start_method="spawn"
         )

@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import encode, memory, probe_cost, wire
+from benchmarks import encode, gpu, memory, probe_cost, ranks, wire
 from benchmarks.common.shapes import resnet50_shapes, transformer_shapes
 from lbgm_compress import ErrorFeedback, LookBackSubspace, Receiver, Sender
 from lbgm_compress.compressors.parse import parse_compressor
@@ -154,3 +154,56 @@ def test_resnet50_has_its_161_tensors():
         for side in shape:
             sizes[i] *= side
     assert sum(sizes) == 25_557_032
+
+
+def test_cost_of_a_rank_grows_with_messages_and_not_with_sums(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "resnet50_shapes", part_of_resnet50)
+    assert ranks.main(["--repeats", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "ranks.csv")
+    assert {int(row["ranks"]) for row in rows} == {*ranks.MEASURED, *ranks.COMPUTED}
+    received = {(row["method"], int(row["ranks"])): int(row["received_bytes"]) for row in rows}
+    for name in ranks.GATHERED:
+        assert received[name, 1024] == 1023 * received[name, 2]
+    for name in ranks.SUMMED:
+        assert received[name, 1024] == pytest.approx(2 * 1023 / 1024 * received[name, 2], abs=2)
+        times = {row["encode_ms"] for row in rows if row["method"] == name}
+        assert len(times) == 1
+    sizes = sum(torch.Size(shape).numel() for shape in part_of_resnet50().values())
+    assert received[ranks.DENSE, 2] == 4 * sizes
+    assert (tmp_path / "ranks.png").stat().st_size > 10_000
+    assert "a direction replaced" in capsys.readouterr().out
+
+
+METHODS = "Dense(), TorchPowerSGD(4), ErrorFeedback(SharedSubspace(8)), LBGM(TopK(0.01))"
+
+
+@pytest.mark.timeout(280)
+def test_command_for_a_gpu_tries_itself_out_without_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "MODELS", {"ResNet-50": part_of_resnet50})
+    options = ["--device", "cpu", "--steps", "1", "--methods", METHODS, "--minutes", "4"]
+    assert gpu.main([*options, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    rows = read(tmp_path / "gpu.csv")
+    assert [row["ranks"] for row in rows] == ["1"] * 4 + ["2"] * 4
+    assert all(float(row["step_ms"]) > 0 and row["error"] == "" for row in rows)
+    sent = {row["method"]: int(row["message_bytes"]) for row in rows}
+    assert sent["ErrorFeedback(SharedSubspace())"] < sent["Dense()"] / 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_command_for_a_gpu_tells_what_it_would_do(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert "There is no CUDA device. On one, this runs `pytest -m gpu`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "VGG"], "'VGG' is none of ResNet-50, GPT-2 small"),
+        (["--methods", "Topk(1)"], "unknown compressor 'Topk'"),
+        (["--minutes", "0"], "'0' is not a number above 0"),
+    ],
+)
+def test_wrong_arguments_of_the_command_for_a_gpu_are_told(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([*arguments, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.baselines import register
 from benchmarks.common.command_line import read_methods
-from benchmarks.common.shapes import gpt2_shapes, resnet50_shapes
 
-__all__ = ["MODELS", "Measured", "rank_main"]
+__all__ = ["Measured", "Shapes", "rank_main"]
 
-MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
-    "ResNet-50": resnet50_shapes,
-    "GPT-2 small": gpt2_shapes,
-}
+Shapes = dict[str, tuple[int, ...]]
 WARM_UP = 4
 
 
@@ -65,7 +61,7 @@ class Give(torch.autograd.Function):
 class Given(nn.Module):
     """Parameters of given shapes; the input is their gradients."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+    def __init__(self, shapes: Shapes, device: torch.device) -> None:
         super().__init__()
         self.parts = nn.ParameterList(torch.zeros(s, device=device) for s in shapes.values())
 
@@ -75,10 +71,13 @@ class Given(nn.Module):
 
 
 def rank_main(
-    rank: int, ranks: int, backend: str, device: str, model: str, methods: str, steps: int,
-    seconds: float, folder: str,
+    rank: int, ranks: int, backend: str, device: str, model: str, shapes: Shapes, methods: str,
+    steps: int, seconds: float, folder: str,
 ) -> None:  # fmt: skip
-    """Measure methods one after the other, and keep each result of rank 0 in a file at once."""
+    """Measure methods one after the other, and keep each result of rank 0 in a file at once.
+
+    `model` is the name of what has `shapes`. No method begins after `seconds`.
+    """
     end = time.monotonic() + seconds
     where = torch.device(device)
     if where.type == "cuda":
@@ -90,7 +89,6 @@ def rank_main(
         backend, init_method=(Path(folder) / "store").as_uri(), rank=rank, world_size=ranks
     )
     generator = torch.Generator(where).manual_seed(rank)
-    shapes = MODELS[model]()
     gradients = [torch.randn(s, generator=generator, device=where) for s in shapes.values()]
     for number, method in enumerate(read_methods(methods, ())):
         # All ranks come to the same conclusion.
@@ -113,7 +111,7 @@ def rank_main(
 
 
 def _measure(
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Shapes,
     gradients: Sequence[Tensor],
     method: Any,
     steps: int,

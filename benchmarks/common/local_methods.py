@@ -20,7 +20,7 @@ class Method:
     residual: str = "memory"
     final: Compressor | None = None
     outer_lr: float = 0.7
-    outer_momentum: float = 0.6
+    outer_momentum: float = 0.75
     inner: str = "adamw"
     """Inner optimizer: "adamw", or "muon" for matrices (arXiv 2505.23725)."""
     power_rank: int = 0
@@ -53,6 +53,7 @@ METHODS = {
     ),
     "top 1/64 in memory": Method(TopK(1 / 64, "int2"), outer_lr=1.0, outer_momentum=0.5),
     "subspaces in memory": Method(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
+    "top 1/20 in model": Method(TopK(1 / 20, "sign"), "model", TopK(1.0, "int4"), 1.0, 0.65),
     "top 1/25 in model": Method(TopK(1 / 25, "sign"), "model", FINAL, 1.0, 0.65),
     "top 1/66 in model": Method(TopK(1 / 66, "sign"), "model", FINAL, 1.0, 0.65),
     "top 1/300 in model": Method(TopK(1 / 300, "sign"), "model", FINAL, 1.0, 0.8),
