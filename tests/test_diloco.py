@@ -21,7 +21,7 @@ from lbgm_compress.adapters.diloco import DiLoCo
 from lbgm_compress.collective import ProcessGroupTransport
 from lbgm_compress.collective.local import LocalTraining
 from lbgm_compress.collective.local.options import divided
-from tests.compressors import COMPRESSORS
+from tests.compressors import COMPRESSORS, REDUCIBLES
 from tests.invariant import check_invariant, keeps_invariant, residuals
 from tests.laws import assert_same_bits, saved_and_loaded
 from tests.loops import SHAPES, Given
@@ -201,7 +201,7 @@ def every_compressor(rank, cases):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("world", [2, 3])
 def test_common_models_are_bit_equal_for_every_compressor(world):
-    cases = accepted(COMPRESSORS)
+    cases = accepted([*COMPRESSORS, *REDUCIBLES])
     results = run_ranks(every_compressor, world, cases, timeout=100)
     for i, case in enumerate(cases):
         for other in results[1:]:
@@ -255,7 +255,7 @@ def linear(rank, transport, compressor, refused=False, inf_at=None, **options):
 # A majority vote is not the mean of what was sent.
 LOSSLESS = [
     (compressor, residual)
-    for compressor, residual in accepted(COMPRESSORS)
+    for compressor, residual in accepted([*COMPRESSORS, *REDUCIBLES])
     if not compressor.finishes_average
     and (
         residual == "model"

@@ -50,6 +50,10 @@ def of_ranks(base, noise, seed):
     return made
 
 
+def normal(size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(size))
+
+
 def normal_like(like, numbers):
     return torch.empty_like(like).copy_(torch.randn(like.shape, generator=numbers))
 
@@ -600,3 +604,24 @@ def test_state_of_messages_is_refused(group):
         with pytest.raises(ValueError, match="the state is that of ErrorFeedback"):
             averager.load_state_dict(state)
     ranks.step(0)
+
+
+@pytest.mark.parametrize("algorithm", [PowerSGD(2), SharedSubspace(2), SharedLBGM()], ids=repr)
+def test_gradient_that_is_rounded_to_zero_is_found_in_later_rounds(algorithm):
+    workers = Lockstep(algorithm, 2)
+    grad = torch.outer(normal(20), normal(30)).mul_(1e-13)
+    rounds = [workers.average([{"w": grad}, {"w": grad}])["w"] for _ in range(5)]
+    assert not rounds[0].any()
+    torch.testing.assert_close(rounds[-1], grad, rtol=0, atol=1e-2 * float(grad.abs().max()))
+
+
+def test_workers_of_one_process_take_a_round_with_nan_back():
+    workers = Lockstep(ErrorFeedback(SharedSubspace(2)), 2)
+    grads = {"w": torch.outer(normal(20), normal(30)), "v": normal(300).view(15, 20)}
+    workers.average([grads, grads])
+    before = [copied(worker.state_dict()) for worker in workers.workers]
+    spoiled = {**grads, "w": torch.full((20, 30), math.inf)}
+    found = workers.average([grads, spoiled])
+    assert found["w"].isnan().all()
+    assert found["v"].isfinite().all()
+    assert_same_bits([worker.state_dict() for worker in workers.workers], before)

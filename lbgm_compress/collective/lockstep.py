@@ -50,6 +50,9 @@ class Lockstep:
     ) -> dict[str, Tensor]:
         """Return the weighted average of the workers' gradients by name: one round.
 
+        A tensor with inf or nan on one worker is nan in the average, and the states of all workers
+        are then those from before the round.
+
         Parameters
         ----------
         grads
@@ -59,6 +62,8 @@ class Lockstep:
         """
         size = len(self.workers)
         shares = shares or [1 / size] * size
+        for worker in self.workers:
+            worker.begin_step()
         meeting = Meeting(size)
         rounds = [
             Rounds(meeting.transport(rank), worker, worker.begin(given), share)
@@ -71,6 +76,9 @@ class Lockstep:
                 one.step()
         for worker, given, one in zip(self.workers, grads, rounds, strict=True):
             worker.keep(given, one.found, one.exponents, one.sizes)
+        for worker in self.workers:
+            # As on ranks, a round with inf or nan is taken back.
+            worker.undo() if rounds[0].not_finite else worker.commit()
         self.bytes = rounds[0].bytes
         return {
             name: rounds[0].average(name, torch.empty_like(like)) for name, like in grads[0].items()

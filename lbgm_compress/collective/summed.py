@@ -6,8 +6,10 @@ weighted with the rank's share, and summed by one all-reduce.
 A sum in float16 has 11 bits of precision, and holds numbers up to 65,504. So the numbers of each
 tensor are multiplied by a power of two that brings the largest number of the last average near
 2^8: an average may be 256 times as large as the last one, and what is more than 2^22 times smaller
-than its largest number is rounded away. An average that leaves this range is summed again in
-float32, by all ranks alike.
+than its largest number is rounded away. An average that is larger, or smaller by far than the last
+one, is summed again in float32, by all ranks alike. One that is zero everywhere counts as that of a
+parameter which is not in use. Before a first average that is not, each round multiplies by 2^16
+more, so that very small numbers are found.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ NOTICE = 3
 START = 16
 # Exponent of the largest number of an average, scaled for float16.
 TARGET = 8
+# Exponent by which a scale grows where the average was zero.
+STEP = 16
+# Added to an exponent before the first average that is not zero.
+SEARCH = 1000
 # A scaled average whose largest number is smaller is summed again.
 SMALLEST = 2.0**-8
 LIMIT = 100
@@ -199,10 +205,12 @@ class Rounds:
         for name, total in totals.items():
             exponents = self.exponents[name]
             if len(exponents) == self._phase:
-                exponents.append(START)
+                exponents.append(SEARCH + START)
             if total.largest:
                 exponent = TARGET - math.frexp(total.largest)[1]
                 exponents[self._phase] = max(-LIMIT, min(LIMIT, exponent))
+            elif exponents[self._phase] > LIMIT:
+                exponents[self._phase] = min(SEARCH + LIMIT, exponents[self._phase] + STEP)
         self._phase += 1
         self._post(self._advance(totals))
 
@@ -251,7 +259,10 @@ class Rounds:
 
     def _exponent(self, name: str) -> int:
         known = self.exponents[name]
-        return known[self._phase] if self._phase < len(known) else START
+        if self._phase == len(known):
+            return START
+        exponent = known[self._phase]
+        return exponent - SEARCH if exponent > LIMIT else exponent
 
     def _read_notice(self, failed: float, rank: float, differ: float) -> None:
         """Raise the error that another rank asks for; all ranks read the same."""

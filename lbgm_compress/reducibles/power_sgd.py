@@ -82,7 +82,8 @@ class PowerSGD(Reducible):
         return Contribution(
             LowRank(left, total.tensor.T, grad),
             LowRank(left, total.sent.T, grad),
-            {**state, "right": total.tensor},
+            # Its span is what counts; so the next sums are of the size of the gradient, too.
+            {**state, "right": total.tensor / total.largest},
         )
 
     def _rank(self, grad: Tensor) -> int:
