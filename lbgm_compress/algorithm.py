@@ -30,6 +30,11 @@ class Algorithm:
         """True if a round may carry what earlier gradients lost."""
         return False
 
+    @property
+    def finishes_average(self) -> bool:
+        """True if `Compressor.finish` changes the average, as a majority vote does."""
+        return False
+
     def __repr__(self) -> str:
         """Return the shortest expression that builds this object."""
         arguments = []

@@ -130,11 +130,6 @@ class Compressor(Algorithm, abc.ABC):
         """True if all payloads for a tensor have one size, also with inf or nan in it."""
         return False
 
-    @property
-    def finishes_average(self) -> bool:
-        """True if `finish` changes the average, as a majority vote does."""
-        return False
-
     def compress(self, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Compress one gradient.
 

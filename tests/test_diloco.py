@@ -253,9 +253,11 @@ def linear(rank, transport, compressor, refused=False, inf_at=None, **options):
 
 
 # A majority vote is not the mean of what was sent.
+# Sums in float16 are rounded after each addition, which no residual holds.
+EXACT = [r for r in REDUCIBLES if getattr(r, "inner", r).values == "float32"]
 LOSSLESS = [
     (compressor, residual)
-    for compressor, residual in accepted([*COMPRESSORS, *REDUCIBLES])
+    for compressor, residual in accepted([*COMPRESSORS, *EXACT])
     if not compressor.finishes_average
     and (
         residual == "model"
