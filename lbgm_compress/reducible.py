@@ -17,8 +17,8 @@ Rules for `average`:
   the rank's share, so that a total is the term of the weighted average.
 - If a total is zero everywhere (`Total.largest`), all ranks go on with the state that they had:
   then no rank used the parameter.
-- A total is always finite: if one is not, the driver ends the generator, and the average of the
-  tensor is nan on all ranks.
+- A gradient with inf or nan in any element makes a total that is not finite. The driver then ends
+  the generator, and the average of the tensor is nan on all ranks. Totals that are sent are finite.
 - Randomness comes from a generator that is seeded from the state, with the same seed on all ranks.
 
 The laws (`tests.reducible_laws` checks them), with the numbers of `lbgm_compress.compressor`:

@@ -76,9 +76,10 @@ class Lockstep:
                 one.step()
         for worker, given, one in zip(self.workers, grads, rounds, strict=True):
             worker.keep(given, one.found, one.exponents, one.sizes)
-        for worker in self.workers:
-            # As on ranks, a round with inf or nan is taken back.
-            worker.undo() if rounds[0].not_finite else worker.commit()
+        if rounds[0].not_finite:
+            # As on ranks, the round is taken back.
+            for worker in self.workers:
+                worker.undo()
         self.bytes = rounds[0].bytes
         return {
             name: rounds[0].average(name, torch.empty_like(like)) for name, like in grads[0].items()
