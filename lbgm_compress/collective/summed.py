@@ -33,9 +33,6 @@ from lbgm_compress.reducible import PRECISIONS, Contribution, Sums, Term, Total
 
 __all__ = ["Summed"]
 
-# Numbers at the front of the first sum: how many ranks failed, the sum of their ranks, and how many
-# ask to compare states.
-NOTICE = 3
 # Exponent of the scale of a first sum in float16: numbers from 1e-9 to 1 are in its range.
 START = 16
 # Exponent of the largest number of an average, scaled for float16.
@@ -67,6 +64,8 @@ class Summed(Ends):
         fail: Callable[[BaseException], None],
         spoil: Callable[[], None],
     ) -> Average:
+        # At the front of the first sum: how many ranks failed, the sum of their ranks, and how many
+        # ask to compare states.
         def begin(generators: Mapping[str, Sums], notice: list[float]) -> SummedAverage:
             share = shares[self.transport.rank]
             sums = Rounds(self.transport, self.sender, generators, share, notice)
