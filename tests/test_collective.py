@@ -19,6 +19,7 @@ from lbgm_compress.collective import (
     Transport,
     saved,
 )
+from lbgm_compress.collective.applied import Parameters
 from lbgm_compress.collective.background import Worker
 from lbgm_compress.collective.heads import body_length
 from lbgm_compress.collective.transport import gather_texts
@@ -493,3 +494,30 @@ def test_undo_within_a_step_is_an_error():
     with pytest.raises(RuntimeError, match="within a step: call it after the backward pass"):
         averager.undo()
     averager.end_step()
+
+
+def test_averagers_come_and_go_while_an_optimizer_of_another_thread_steps():
+    class Watcher:
+        def note(self):
+            pass
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ended = threading.Event()
+
+    def come_and_go():
+        kept = []
+        while not ended.is_set():
+            watcher = Watcher()
+            kept = [*kept[-5:], (watcher, Parameters(model.parameters(), watcher.note))]
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(1000):
+            optimizer.step()
+    finally:
+        ended.set()
+        thread.join()
