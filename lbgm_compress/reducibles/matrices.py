@@ -9,7 +9,15 @@ from lbgm_compress.algorithm import State
 from lbgm_compress.decoded import Dense, Zero, working_dtype
 from lbgm_compress.reducible import PRECISIONS, Contribution, Sums, Term
 
-__all__ = ["as_matrix", "check_precision", "dense_round", "orthonormal", "unused", "wide"]
+__all__ = [
+    "as_matrix",
+    "check_precision",
+    "dense_round",
+    "orthonormal",
+    "random_rows",
+    "unused",
+    "wide",
+]
 
 
 def wide(grad: Tensor) -> Tensor:
@@ -39,6 +47,16 @@ def orthonormal(columns: Tensor) -> Tensor:
     """Return a matrix (n x r, r <= n) with orthonormal columns, which span those of `columns`."""
     basis: Tensor = torch.linalg.qr(columns).Q
     return basis
+
+
+def random_rows(rank: int, length: int, state: State, like: Tensor) -> Tensor:
+    """Return random orthonormal rows (rank x length), the same on all ranks.
+
+    `state` has the seed, and `like` gives dtype and device.
+    """
+    generator = torch.Generator().manual_seed(state.get("seed", 0))
+    start = torch.randn(length, rank, generator=generator, dtype=like.dtype)
+    return orthonormal(start).T.to(like.device)
 
 
 def check_precision(values: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lbgm_compress._util.checks import check_whole
@@ -16,6 +15,7 @@ from lbgm_compress.reducibles.matrices import (
     check_precision,
     dense_round,
     orthonormal,
+    random_rows,
     unused,
 )
 
@@ -68,10 +68,7 @@ class PowerSGD(Reducible):
         # Factors are held transposed: products of few rows and a matrix take less time.
         right = state.get("right")
         if right is None:
-            generator = torch.Generator().manual_seed(state.get("seed", 0))
-            shape = matrix.shape[1], rank
-            start = torch.randn(shape, generator=generator, dtype=matrix.dtype)
-            right = orthonormal(start).T.to(matrix.device)
+            right = random_rows(rank, matrix.shape[1], state, matrix)
         total = yield Term(right @ matrix.T, self.values)
         if total.largest == 0:
             return unused(grad, state)

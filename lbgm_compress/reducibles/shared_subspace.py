@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lbgm_compress._util.checks import check_whole
@@ -17,6 +16,7 @@ from lbgm_compress.reducibles.matrices import (
     check_precision,
     dense_round,
     orthonormal,
+    random_rows,
     unused,
 )
 
@@ -95,9 +95,8 @@ class SharedSubspace(Reducible):
         return Contribution(average, own, state, recycled=new is directions)
 
     def _first(self, grad: Tensor, columns: Tensor, rank: int, state: State) -> Sums:
-        generator = torch.Generator().manual_seed(state.get("seed", 0))
-        start = torch.randn(len(columns), rank, generator=generator, dtype=columns.dtype)
-        total = yield Term(orthonormal(start).T.to(columns.device) @ columns, self.values)
+        start = random_rows(rank, len(columns), state, columns)
+        total = yield Term(start @ columns, self.values)
         if total.largest == 0:
             return unused(grad, state)
         short = orthonormal(total.tensor.T).T.contiguous()
