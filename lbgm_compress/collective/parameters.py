@@ -74,7 +74,8 @@ def named_pairs(
         if hasattr(parameter, "device_mesh"):
             raise TypeError(
                 f"parameter {name!r} is a DTensor, as fully_shard makes them: compression needs "
-                "whole parameters, as DistributedDataParallel has them"
+                "whole parameters, as DistributedDataParallel has them; for models of fully_shard "
+                "take lbgm_compress.adapters.fsdp"
             )
         names[name], first[id(parameter)] = parameter, name
     return list(names.items())
