@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["check_group", "default_group", "group_like"]
+__all__ = ["check_group", "default_group", "group_like", "part_like"]
 
 
 def check_group(group: Any) -> None:
@@ -37,14 +38,54 @@ def group_like(
     Its ranks are those of `group`, or `ranks`, which are numbers in the default group. The averages
     need one of their own: two users of one group would mix up their collectives.
     """
-    timeout = _timeout(group)
-    made = dist.new_group(
-        dist.get_process_group_ranks(group) if ranks is None else ranks,
-        timeout=None if timeout is None else timeout * patience,
-        backend=dist.get_backend(group),
-        use_local_synchronization=True,
-    )
+    whole = ranks is None and _has_all_ranks(group)
+    members = dist.get_process_group_ranks(group) if ranks is None else ranks
+    made = _new_group(group, members, patience, local=not whole)
     assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def part_like(
+    group: dist.ProcessGroup,
+    parts: Sequence[Sequence[int]],
+    like: dist.ProcessGroup,
+    patience: int = 1,
+) -> dist.ProcessGroup:
+    """Return a new group of this rank's part, with the backend of `like`.
+
+    All ranks of `group` call it together. Each is in exactly one of `parts`, which are lists of
+    numbers in the default group.
+    """
+    whole, mine = _has_all_ranks(group), None
+    for ranks in parts:
+        local = not whole or len(ranks) == 1
+        if dist.get_rank() in ranks:
+            mine = _new_group(like, ranks, patience, local)
+        elif not local:
+            _new_group(like, ranks, patience, local)
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
+
+
+def _has_all_ranks(group: dist.ProcessGroup) -> bool:
+    return dist.get_world_size(group) == dist.get_world_size()
+
+
+def _new_group(
+    like: dist.ProcessGroup, ranks: Sequence[int], patience: int, local: bool
+) -> dist.ProcessGroup | int | None:
+    """Return a new group; if `local`, its ranks alone call this, else all ranks of the job.
+
+    A local group is named after the number of groups that a rank is in, which must then be the same
+    on its ranks: a program with groups of some ranks waits for ever otherwise.
+    """
+    timeout = _timeout(like)
+    made: dist.ProcessGroup | int | None = dist.new_group(
+        list(ranks),
+        timeout=None if timeout is None else timeout * patience,
+        backend=dist.get_backend(like),
+        use_local_synchronization=local,
+    )
     return made
 
 

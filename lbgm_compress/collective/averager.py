@@ -29,9 +29,17 @@ from lbgm_compress.collective.average import (
     RanksDiffer,
     sum_dtype,
 )
+from lbgm_compress.collective.ends import Ends
 from lbgm_compress.collective.gathered import Gathered
 from lbgm_compress.collective.loss_scale import check_loss_scale, current_scale
-from lbgm_compress.collective.saved import check_saved, gather_states, part_of_rank, save_rank
+from lbgm_compress.collective.nodes import InNode, Nodes
+from lbgm_compress.collective.saved import (
+    check_saved,
+    gather_states,
+    part_of_rank,
+    place_of,
+    save_rank,
+)
 from lbgm_compress.collective.summed import Summed
 from lbgm_compress.collective.traffic import Traffic
 from lbgm_compress.collective.transport import Transport, gather_texts
@@ -75,6 +83,8 @@ class Averager:
         The factor by which the loss is multiplied: a number, or a callable that returns it, such as
         the method ``get_scale`` of a `torch.amp.GradScaler`. It is asked for at the beginning of
         each step. Residuals and `NormBudget` follow it.
+    nodes
+        Nodes with a fast link inside each, whose first ranks alone exchange compressed gradients.
 
     Attributes
     ----------
@@ -114,6 +124,7 @@ class Averager:
         must_match: Sequence[str] = (),
         *,
         loss_scale: float | Callable[[], float] = 1.0,
+        nodes: Nodes | None = None,
     ) -> None:
         self.check_options(compressor, start_step, weight, loss_scale)
         if not parameters:
@@ -144,7 +155,12 @@ class Averager:
         self._common_step: int | None = None
         self._failure: BaseException | None = None
         self._traffic = Traffic(parameters)
-        self._ends = _ends(compressor, parameters, transport, self._device, self._traffic)
+        link = transport if nodes is None else nodes.between
+        self._exchange = _ends(compressor, parameters, link, self._device, self._traffic)
+        self._ends: Ends = self._exchange
+        if nodes is not None:
+            others = self._exchange, parameters, transport, self._device, self._traffic
+            self._ends = InNode(nodes, *others)
 
     @staticmethod
     def check_options(compressor: Any, start_step: Any, weight: Any, loss_scale: Any) -> None:
@@ -168,14 +184,14 @@ class Averager:
     @property
     def sender(self) -> Sender | Contributor:
         """The end that encodes this rank's gradients."""
-        return self._ends.sender
+        return self._exchange.sender
 
     @property
     def receiver(self) -> Receiver:
         """The end that decodes the messages of others. Where ranks take sums, there is none."""
-        if isinstance(self._ends, Summed):
+        if isinstance(self._exchange, Summed):
             raise AttributeError(f"{self.compressor!r} averages by sums, and has no receiver")
-        return self._ends.receiver
+        return self._exchange.receiver
 
     @property
     def warming_up(self) -> bool:
@@ -464,13 +480,14 @@ class Averager:
         check_saved(state, type(self).__name__)
         rank = self.transport.rank
         state = part_of_rank(state, rank, self._ends)
-        if state["rank"] != rank:
+        nodes = state.get("nodes", ())
+        if state["rank"] != rank or nodes != self._ends.nodes:
             # The state is checked as a whole, though not all of it is of use here.
             self._check_sender(state["sender"])
             warnings.warn(
-                f"the state is that of rank {state['rank']} of {state['world_size']}, and this is "
-                f"rank {rank} of {self.transport.size}: its residual and its seed are not taken; "
-                "save the state of every rank, or gather_state_dict()",
+                f"the state is that of {place_of(state['rank'], state['world_size'], nodes)}, and "
+                f"this is {place_of(rank, self.transport.size, self._ends.nodes)}: its residual "
+                "and its seed are not taken; save the state of every rank, or gather_state_dict()",
                 stacklevel=2,
             )
             state = {**state, "sender": self._ends.of_another(state["sender"])}

@@ -29,6 +29,11 @@ class Ends(abc.ABC):
         Counts what is sent.
     """
 
+    nodes: Sequence[Sequence[int]] = ()
+    """The ranks of each node, where only the first of each exchanges compressed gradients."""
+    witness: int = 1
+    """A rank that holds what others hold of rank 0."""
+
     def __init__(self, transport: Transport, device: torch.device, traffic: Traffic) -> None:
         self.transport = transport
         self.device = device
@@ -59,6 +64,10 @@ class Ends(abc.ABC):
         fail, spoil
             Called by the average with an error, and if it has inf or nan.
         """
+
+    @abc.abstractmethod
+    def announce_failure(self, grads: Mapping[str, Tensor]) -> None:
+        """Have the other ranks raise an error, in the place of `begin` for these gradients."""
 
     @abc.abstractmethod
     def begin_step(self) -> None:

@@ -49,9 +49,7 @@ class Gathered(Ends):
                 message, own = self.sender.encode(grads, loss_scale=loss_scale)
             except Exception:
                 # The other ranks wait for a head.
-                failed = notice(FAILED, head_size, self.device)
-                with contextlib.suppress(RuntimeError):
-                    self._gather(failed, head_size, grads).result()
+                self.announce_failure(grads)
                 raise
             self.traffic.count(message.numel(), grads, self.sender.sent)
         pending = self._gather(message, head_size, grads)
@@ -66,6 +64,12 @@ class Gathered(Ends):
             self.transport.rank,
             spoil,
         )
+
+    def announce_failure(self, grads: Mapping[str, Tensor]) -> None:
+        head_size = self.receiver.head_size(grads)
+        failed = notice(FAILED, head_size, self.device)
+        with contextlib.suppress(RuntimeError):
+            self._gather(failed, head_size, grads).result()
 
     def _gather(
         self, message: Tensor, head_size: int, grads: Mapping[str, Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from lbgm_compress.collective.ends import Ends
 from lbgm_compress.collective.transport import Transport
 
-__all__ = ["check_saved", "gather_states", "part_of_rank", "save_rank"]
+__all__ = ["check_saved", "gather_states", "part_of_rank", "place_of", "save_rank"]
 
 FORMAT = 1
 STATE_KEYS = frozenset({"format", "rank", "world_size", "step", "sender", "receiver"})
 GATHERED_KEYS = frozenset({"format", "world_size", "step", "senders", "held"})
 PIECE = 1 << 22
-# What is held of the first rank is asked of the second: the first does not hold its own.
-FIRST, SECOND = 0, 1
+# What is held of the first rank is asked of `Ends.witness`: the first does not hold its own.
+FIRST = 0
 
 
 def save_rank(rank: int, size: int, step: int, ends: Ends) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def gather_states(
     if rank == FIRST:
         held = {other: one for r in range(1, size) for other, one in ends.held_of(r).items()}
     else:
-        held = dict(ends.held_of(FIRST)) if rank == SECOND else {}
+        held = dict(ends.held_of(FIRST)) if rank == ends.witness else {}
     file = io.BytesIO()
     torch.save({"sender": ends.state_dict()["sender"], "held": held}, file)
     gathered = _gather_to_first(transport, file.getvalue(), device)
@@ -69,6 +69,7 @@ def gather_states(
         "format": FORMAT,
         "world_size": size,
         "step": step,
+        **({"nodes": ends.nodes} if ends.nodes else {}),
         "senders": {other: part["sender"] for other, part in enumerate(parts)},
         "held": {other: one for part in parts for other, one in part["held"].items()},
     }
@@ -85,8 +86,14 @@ def part_of_rank(state: Mapping[str, Any], rank: int, ends: Ends) -> Mapping[str
         "rank": owner,
         "world_size": state["world_size"],
         "step": state["step"],
+        **({"nodes": state["nodes"]} if "nodes" in state else {}),
         **ends.part(state["senders"][owner], state["held"], rank),
     }
+
+
+def place_of(rank: int, size: int, nodes: Sequence[Sequence[int]]) -> str:
+    """Return the place of a rank in words."""
+    return f"rank {rank} of {size}" + (f" in nodes {nodes}" if nodes else "")
 
 
 def _gather_to_first(transport: Transport, data: bytes, device: torch.device) -> list[bytes] | None:

@@ -15,6 +15,7 @@ more, so that very small numbers are found.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,6 +55,8 @@ class Summed(Ends):
         self.algorithm = algorithm
         self.sender = Contributor(algorithm)
         self._likes = {name: zeros_of(like) for name, like in likes.items()}
+        # The end that all ranks had before this one changed its own; see `_change`.
+        self._common: Contributor | None = None
 
     def begin(
         self,
@@ -73,30 +76,45 @@ class Summed(Ends):
 
         if differs:
             return begin(self._nothing(grads), [0.0, 0.0, 1.0])
+        self._common = None
         try:
             return begin(self.sender.begin(grads, loss_scale), [0.0, 0.0, 0.0])
         except Exception:
             # The other ranks wait for a sum.
-            with contextlib.suppress(Exception):
-                failed = [1.0, float(self.transport.rank), 0.0]
-                begin(self._nothing(grads), failed).finish()
+            self.announce_failure(grads)
             raise
 
+    def announce_failure(self, grads: Mapping[str, Tensor]) -> None:
+        failed = [1.0, float(self.transport.rank), 0.0]
+        with contextlib.suppress(Exception):
+            Rounds(self.transport, self.sender, self._nothing(grads), 1.0, failed).finish()
+
     def _nothing(self, grads: Mapping[str, Tensor]) -> dict[str, Sums]:
-        """Return generators of zeros, whose first terms have the sizes of all others."""
+        """Return generators of zeros, whose first terms have the sizes of those of other ranks."""
         zeros = {name: self._likes[name] for name in grads}
-        return Contributor(self.algorithm).begin(zeros)
+        return (self._common or self.sender.copy()).begin(zeros)
+
+    def _change(self) -> None:
+        """Keep what all ranks have, before this one changes what it has.
+
+        Until the states are compared, the terms of the other ranks have the sizes that follow from
+        it.
+        """
+        if self._common is None:
+            self._common = self.sender.copy()
 
     def begin_step(self) -> None:
         self.sender.begin_step()
 
     def undo(self) -> None:
+        self._change()
         self.sender.undo()
 
     def commit(self) -> None:
         self.sender.commit()
 
     def reset(self) -> None:
+        self._change()
         self.sender.reset()
 
     def drop_unshared(self) -> str:
@@ -106,6 +124,7 @@ class Summed(Ends):
         differs = (rows != rows[:1]).any(dim=2).any(dim=0).tolist()
         dropped = [name for name, differ in zip(names, differs, strict=True) if differ]
         self.sender.reset(dropped)
+        self._common = None
         count = len(dropped)
         return f"{count} tensor{'s' * (count > 1)}" if dropped else ""
 
@@ -125,6 +144,7 @@ class Summed(Ends):
         Contributor(self.algorithm).load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._change()
         self.sender.load_state_dict(state["sender"])
 
 
@@ -291,19 +311,19 @@ class Sum:
         self._scales = [2.0**exponent for exponent in exponents]
         self._front = len(notice)
         tensors = [term.tensor.reshape(-1) for term in terms.values()]
-        parts = [
-            t if (w := share * scale) == 1 else t * w
-            for t, scale in zip(tensors, self._scales, strict=True)
-        ]
-        front = [tensors[0].new_tensor(notice)] if notice else []
-        flat = torch.cat([*front, *parts])
         # The widest dtype of the terms.
-        self._dtype = flat.dtype
+        self._dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
         self._half = dtype == torch.float16
-        if self._half:
-            flat = flat.to(dtype)
-            # The sum may be taken in place.
-            self._sent = flat[self._front :].to(self._dtype)
+        self._sizes = [len(t) for t in tensors]
+        flat = tensors[0].new_empty(len(notice) + sum(self._sizes), dtype=dtype)
+        for i, number in enumerate(notice):
+            flat[i] = number
+        parts = torch.split(flat[len(notice) :], self._sizes)
+        for part, tensor, scale in zip(parts, tensors, self._scales, strict=True):
+            factor = share * scale
+            part.copy_(tensor if factor == 1 else tensor * factor)
+        # The sum may be taken in place.
+        self._sent = torch.split(flat[len(notice) :].clone(), self._sizes) if self._half else None
         self._flat = flat
         self.bytes = flat.numel() * flat.element_size()
 
@@ -320,28 +340,34 @@ class Sum:
     ) -> dict[str, Term]:
         """Fill in totals, after `wait`, and return the terms whose sum is not of use."""
         summed = self._summed.to(self._dtype)
-        sizes = [term.tensor.numel() for term in self._terms.values()]
-        parts = torch.split(summed[self._front :], sizes)
-        filled = [part for part in parts if part.numel()]
-        largest = [part.abs().max() for part in filled]
-        numbers = torch.cat([summed[: self._front], *[one.view(1) for one in largest]]).tolist()
+        parts = torch.split(summed[self._front :], self._sizes)
+        # In two passes that need no memory, with one synchronisation.
+        ends = [end.view(1) for part in parts if part.numel() for end in (part.amin(), part.amax())]
+        numbers = torch.cat([summed[: self._front], *ends]).tolist()
         if self._front:
             read_notice(*numbers[: self._front])
         found = iter(numbers[self._front :])
-        owned = torch.split(self._sent, sizes) if self._half else None
         again = {}
         for i, (name, part) in enumerate(zip(self._terms, parts, strict=True)):
-            top = next(found) if part.numel() else 0.0
+            # Both are nan if one element is.
+            top = max(-next(found), next(found)) if part.numel() else 0.0
             scale, term = self._scales[i], self._terms[name]
             if not math.isfinite(top) or (self._half and 0 < top < SMALLEST):
                 again[name] = term
                 continue
-            sent = term.tensor
-            if owned is not None:
-                part = part.mul_(1 / scale).to(sent.dtype)
-                sent = owned[i].mul_(1 / (scale * self._share)).to(sent.dtype).view(sent.shape)
-            totals[name] = Total(part.view(sent.shape), sent, top / scale)
+            like = term.tensor
+            if self._half:
+                part = part.mul_(1 / scale)
+            part = part.to(like.dtype).view(like.shape)
+            totals[name] = Total(part, functools.partial(self._as_sent, i, like), top / scale)
         return again
+
+    def _as_sent(self, i: int, term: Tensor) -> Tensor:
+        """Return a term as it was rounded for the sum."""
+        if self._sent is None:
+            return term
+        part = self._sent[i].to(self._dtype).mul_(1 / (self._scales[i] * self._share))
+        return part.to(term.dtype).view(term.shape)
 
 
 class SummedAverage(Average):

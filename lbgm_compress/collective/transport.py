@@ -95,6 +95,10 @@ class Transport(abc.ABC):
             if rank != self.rank:
                 parts[rank].copy_(row[: parts[rank].numel()])
 
+    def broadcast(self, data: Tensor) -> None:
+        """Overwrite flat uint8 data, of one size on all ranks, with that of rank 0."""
+        self.gather_unequal([data, *[data[:0]] * (self.size - 1)])
+
     def begin_gather(
         self, message: Tensor, head_size: int, body_length: BodyLength, key: str
     ) -> Pending[list[Tensor]]:
@@ -227,6 +231,12 @@ class ProcessGroupTransport(Transport):
                 part.copy_(copy)
         else:
             super().gather_unequal(parts)
+
+    def broadcast(self, data: Tensor) -> None:
+        if data.device.type == "cpu" or self._on_host:
+            super().broadcast(data)
+        else:
+            dist.broadcast(data, self._global[0], group=self.group)
 
     def _ring(self, parts: Sequence[Tensor]) -> None:
         """Pass every part on to the next rank, chunk by chunk, until all ranks have it."""

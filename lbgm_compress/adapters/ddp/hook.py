@@ -5,6 +5,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +23,7 @@ def compress(
     start_step: int = 0,
     weight: float = 1.0,
     loss_scale: float | Callable[[], float] = 1.0,
+    node_group: dist.ProcessGroup | None = None,
 ) -> CompressionState:
     """Have the gradients of a model averaged in compressed form, from the next step on.
 
@@ -34,7 +36,7 @@ def compress(
         parameters and the parameters are taken from it.
     compressor
         Compresses the gradients: any compressor or `Reducible`, the same on all ranks.
-    start_step, weight, loss_scale
+    start_step, weight, loss_scale, node_group
         As in `CompressionState`.
 
     Returns
@@ -66,6 +68,7 @@ def compress(
         start_step=start_step,
         weight=weight,
         loss_scale=loss_scale,
+        node_group=node_group,
     )
     state._watch(model)
     try:

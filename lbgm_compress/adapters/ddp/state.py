@@ -19,6 +19,7 @@ from lbgm_compress.adapters.ddp.wrapped import averaged_parameters, ignored_para
 from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.average import Average, sum_dtype
 from lbgm_compress.collective.background import BackgroundAverager
+from lbgm_compress.collective.nodes import check_node_group, nodes_of
 from lbgm_compress.collective.parameters import (
     NamedParameters,
     may_have_gradient,
@@ -66,11 +67,17 @@ class CompressionState(BackgroundAverager):
         The factor by which the loss is multiplied: a number, or a callable that returns it, such as
         ``scaler.get_scale``. It is asked for in the backward pass. Residuals and `NormBudget`
         follow it.
+    node_group
+        The group of the ranks of this rank's node, as the first result of
+        ``torch.distributed.new_subgroups``; every rank of `process_group` is in one. Averages in a
+        node are dense, and the first rank of each node exchanges compressed gradients with those
+        of the other nodes. Residuals and look-back gradients are these ranks' alone.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong type or out of range.
+        If an argument is of the wrong type or out of range. On every rank, if `node_group` is not
+        that of its own node on some of them.
     RuntimeError
         If `named_parameters` is given, and `torch.distributed` is not initialised.
     """
@@ -84,6 +91,7 @@ class CompressionState(BackgroundAverager):
         weight: float = 1.0,
         *,
         loss_scale: float | Callable[[], float] = 1.0,
+        node_group: dist.ProcessGroup | None = None,
     ) -> None:
         if isinstance(named_parameters, Algorithm):
             raise TypeError(
@@ -98,7 +106,9 @@ class CompressionState(BackgroundAverager):
                 "process_group is given without named_parameters: leave out both, and those of the "
                 "model are taken in the first backward pass"
             )
+        check_node_group(node_group)
         self._bound = False
+        self._node_group = node_group
         self._model: Callable[[], DistributedDataParallel | None] = _nothing
         self._saved: Mapping[str, Any] | None = None
         self._options = {"start_step": start_step, "weight": weight, "loss_scale": loss_scale}
@@ -130,7 +140,9 @@ class CompressionState(BackgroundAverager):
             )
         self.process_group = process_group if process_group is not None else default_group()
         transport = ProcessGroupTransport(group_like(self.process_group))
-        super().__init__(self._given, parameters, transport, **self._options)
+        device = next(iter(parameters.values())).device
+        nodes = nodes_of(transport, self.process_group, self._node_group, device)
+        super().__init__(self._given, parameters, transport, nodes=nodes, **self._options)
         # This keeps the parameters alive, so that no other tensor gets one of their ids.
         self._parameters = parameters
         self._names = {id(parameter): name for name, parameter in parameters.items()}
