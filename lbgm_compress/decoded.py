@@ -7,7 +7,7 @@ sums have the same bits.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lbgm_compress._util.batches import by_batch, copies, is_small, rows, stack
 __all__ = [
     "Decoded",
     "Dense",
+    "Late",
     "LowRank",
     "Scaled",
     "Sparse",
@@ -112,6 +113,26 @@ class Dense(Decoded):
     @classmethod
     def dense_stack(cls, decoded: Sequence[Dense]) -> Tensor:
         return stack([one.tensor for one in decoded])
+
+
+class Late(Dense):
+    """A dense tensor that is made when it is first asked for."""
+
+    __slots__ = ("_made", "_make")
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._made: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    @tensor.setter
+    def tensor(self, tensor: Tensor) -> None:
+        self._made = tensor
 
 
 class Scaled(Decoded):

@@ -32,15 +32,15 @@ The laws (`tests.reducible_laws` checks them), with the numbers of `lbgm_compres
 5. Shapes and dtypes come back as they went.
 7. How many terms are yielded, their shapes and their precision depend on what all ranks share
    alone: hyper-parameters, shapes, totals received so far. So no rank waits for a sum that another
-   does not make. The first term depends on hyper-parameters and the gradient's shape and dtype
-   alone, so that ranks whose states differ learn of it before anything is lost.
+   does not make.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -70,15 +70,27 @@ class Term(NamedTuple):
     """The precision of the sum, a key of `PRECISIONS`."""
 
 
-class Total(NamedTuple):
-    """The weighted average of a term over all ranks, with the shape and dtype of the term."""
+class Total:
+    """The weighted average of a term over all ranks, with the shape and dtype of the term.
 
-    tensor: Tensor
-    """The average, with the same bits on all ranks."""
-    sent: Tensor
-    """This rank's term, as it was rounded for the sum."""
-    largest: float
-    """The largest magnitude in the average, the same on all ranks."""
+    Attributes
+    ----------
+    tensor : Tensor
+        The average, with the same bits on all ranks.
+    sent : Tensor
+        This rank's term, as it was rounded for the sum. It is made when it is first asked for.
+    largest : float
+        The largest magnitude in the average, the same on all ranks.
+    """
+
+    def __init__(self, tensor: Tensor, make_sent: Callable[[], Tensor], largest: float) -> None:
+        self.tensor = tensor
+        self.largest = largest
+        self._make_sent = make_sent
+
+    @functools.cached_property
+    def sent(self) -> Tensor:
+        return self._make_sent()
 
 
 class Contribution(NamedTuple):

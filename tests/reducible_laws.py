@@ -70,7 +70,7 @@ def drive(
             return Round(terms, None)
         top = float(average.abs().max()) if average.numel() else 0.0
         # A sum without rounding sends a term as it is.
-        totals = [Total(average.clone(), mine[-1].tensor, top) for mine in terms]
+        totals = [Total(average.clone(), lambda sent=mine[-1].tensor: sent, top) for mine in terms]
 
 
 def check_reducible_laws(algorithm: Algorithm, run: Run) -> None:
@@ -165,22 +165,22 @@ def check_averages(
 
 
 def check_first_terms(algorithm: Any, run: Run) -> None:
-    """Check that the first term does not depend on the state, also if that is empty."""
-    names = list(run[0][0])
+    """Check that the first term depends on the gradient's shape and the shared state alone."""
     shares = shares_of(len(run[0]))
-    for name in names:
-        states: list[Any] = [{} for _ in run[0]]
-        expected = None
+    for name in run[0][0]:
+        states: list[Any] = [algorithm.initial_state(0) for _ in run[0]]
         for of_ranks in run:
             grads = [grads[name] for grads in of_ranks]
-            for state in (*states, {}, algorithm.initial_state(0), algorithm.forget(states[0])):
-                generator = algorithm.average(grads[0], state)
-                term = next(generator)
-                generator.close()
-                kind = term.tensor.shape, term.tensor.dtype, term.values
-                law = f"{algorithm!r}, tensor {name!r}: the first term is the same in any state"
-                assert kind == (expected or kind), f"{law}: found {kind}, before {expected}"
-                expected = kind
+            nothing = torch.zeros_like(grads[0])
+            kinds = []
+            for grad, state in zip([*grads, nothing, nothing], [*states, *states[:2]], strict=True):
+                for known in (state, algorithm.shared_state(state)):
+                    generator = algorithm.average(grad, known)
+                    term = next(generator)
+                    generator.close()
+                    kinds.append((term.tensor.shape, term.tensor.dtype, term.values))
+            law = f"{algorithm!r}, tensor {name!r}: all ranks yield the same first term"
+            assert len(set(kinds)) == 1, f"{law}: found {set(kinds)}"
             found = drive(algorithm, grads, states, shares).found
             assert found is not None
             states = [one.state for one in found]

@@ -369,7 +369,8 @@ def test_rank_that_fails_before_it_could_send_is_named_on_the_others(algorithm, 
         ranks.step(2)
 
 
-@pytest.mark.parametrize("algorithm", SOME, ids=repr)
+# The first terms of `SharedLBGM(0)` have other sizes in an older state.
+@pytest.mark.parametrize("algorithm", [*SOME, SharedLBGM(0)], ids=repr)
 @pytest.mark.parametrize("kind", [Averager, Bucketed])
 @pytest.mark.parametrize("event", ["an older state", "undo", "reset"])
 def test_rank_that_differs_is_noticed_and_all_ranks_go_on_alike(algorithm, kind, event, group):
@@ -625,3 +626,18 @@ def test_workers_of_one_process_take_a_round_with_nan_back():
     assert found["w"].isnan().all()
     assert found["v"].isfinite().all()
     assert_same_bits([worker.state_dict() for worker in workers.workers], before)
+
+
+def test_shared_look_back_takes_no_sketch_while_averages_are_not_parallel():
+    workers = Lockstep(SharedLBGM(0.2), 2)
+    generator = torch.Generator().manual_seed(0)
+    noise = [0.1 * torch.randn(50, 20, generator=generator) for _ in range(7)]
+    sizes = []
+    for grad in (*noise[:5], noise[4], noise[4], 2 * noise[4], noise[5], noise[6], noise[6]):
+        average = workers.average([{"w": grad}] * 2)["w"]
+        assert torch.allclose(average, grad, rtol=2e-3, atol=2e-3)
+        sizes.append(workers.bytes)
+    # Two bytes for each of 1000 numbers, or for a coefficient and 256 numbers.
+    full, sketch = 2000, 514
+    tried = full + sketch
+    assert sizes == [full, tried, full, full, full, full, sketch, sketch, tried, tried, full]

@@ -110,6 +110,12 @@ class Contributor(Store[Any]):
         errors = [found[n].phase_error if n in found else None for n in names]
         self.sent = Sent(names, kinds, errors, list(sizes.values()))
 
+    def copy(self) -> Contributor:
+        """Return an end with the same states, of which this one's next rounds change nothing."""
+        other = Contributor(self.compressor)
+        other._tensors = dict(self._tensors)
+        return other
+
     def exponents(self, name: str) -> list[int]:
         """Return the exponents of the scales of a tensor's sums; see `keep`."""
         return list(self._tensors[name]["exponents"]) if name in self._tensors else []

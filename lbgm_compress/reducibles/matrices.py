@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lbgm_compress.algorithm import State
-from lbgm_compress.decoded import Dense, Zero, working_dtype
+from lbgm_compress.decoded import Dense, Late, Zero, working_dtype
 from lbgm_compress.reducible import PRECISIONS, Contribution, Sums, Term
 
 __all__ = [
@@ -35,7 +35,7 @@ def dense_round(grad: Tensor, state: State, values: str) -> Sums:
     total = yield Term(wide(grad), values)
     if total.largest == 0:
         return unused(grad, state)
-    return Contribution(Dense(total.tensor), Dense(total.sent), state)
+    return Contribution(Dense(total.tensor), Late(lambda: total.sent), state)
 
 
 def unused(grad: Tensor, state: State) -> Contribution:
