@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 import lbgm_compress
 from tests.horovod_ranks import jobs_end, needs_horovod, run_horovod  # noqa: F401  a fixture
@@ -32,6 +33,12 @@ PROGRAMS = {
     "horovod": HOROVOD,
     "ddp": [],
     "diloco": [],
+    "fsdp": [
+        pytest.mark.skipif(
+            not hasattr(torch.distributed.fsdp, "fully_shard"),
+            reason="it is in torch 2.6 and later",
+        )
+    ],
     "grace": [*HOROVOD, pytest.mark.grace, needs_checkout],
 }
 END = "dist.destroy_process_group()\n"
@@ -142,10 +149,11 @@ def run_program(rank: int, path: str, more: str | None) -> None:
 def test_program_of_guide_runs_before_and_after_the_change(name, sign, tmp_path):
     path = tmp_path / "train.py"
     path.write_text(program_of(name, sign))
-    if name not in ("ddp", "diloco"):
+    if name not in ("ddp", "diloco", "fsdp"):
         run_horovod(run_program, 2, str(path), checkout() if name == "grace" else None)
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ranks = f"--nproc-per-node={4 if name == 'fsdp' else 2}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks]
     # Without the change it is torch alone, which was seen to abort a rank (pytorch #190489).
     for _ in range(2 if sign == "-" else 1):
         done = subprocess.run(

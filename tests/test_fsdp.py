@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -449,6 +451,31 @@ def forget_later(rank):
     loss_of(model, rank, 3).backward()
     with pytest.raises(RuntimeError, match="gradients that were not averaged over the replicas"):
         optimizer.step()
+
+
+def replace_parameters(rank):
+    model, state, _ = prepared(LBGM())
+    model.load_state_dict(model.state_dict(), assign=True)
+    loss_of(model, rank, 0).backward()
+    with pytest.raises(RuntimeError, match="was replaced after the model was compressed"):
+        state.average_gradients()
+
+
+def test_replaced_parameters_are_an_error():
+    run_ranks(replace_parameters, WORLD)
+
+
+def forget_model(rank):
+    model, state, optimizer = prepared(FEEDBACK[0])
+    train_step(model, state, optimizer, rank, 0)
+    alive = weakref.ref(state), weakref.ref(model)
+    del model, state, optimizer
+    gc.collect()
+    return [ref() is not None for ref in alive]
+
+
+def test_state_goes_with_its_model():
+    assert run_ranks(forget_model, WORLD) == [[False, False]] * WORLD
 
 
 @pytest.mark.parametrize("function", [forget, forget_later])

@@ -55,8 +55,8 @@ _states: weakref.WeakSet[CompressionState] = weakref.WeakSet()
 class CompressionState(Averager):
     """Averages the gradients of one model's shards over its replicas. It is one rank's part.
 
-    `compress` makes one. The model keeps it, so that the error of a forgotten `average_gradients`
-    is raised also where the program does not.
+    `compress` makes one. The model's parameters keep it, so that the error of a forgotten
+    `average_gradients` is raised also where the program does not keep it.
 
     Attributes
     ----------
@@ -67,6 +67,7 @@ class CompressionState(Averager):
     def __init__(
         self,
         compressor: Algorithm,
+        model: nn.Module,
         parameters: Mapping[str, DTensor],
         replicas: dist.ProcessGroup,
         start_step: int,
@@ -77,6 +78,8 @@ class CompressionState(Averager):
         # Nothing else uses the group of the shards outside of the forward and backward passes.
         self._shards = ProcessGroupTransport(mesh.get_group())
         self._place = [self._shards.rank, self._shards.size]
+        # That of the gradients is another one where they are offloaded.
+        self._device_of_shards = mesh.device_type
         super().__init__(
             compressor,
             {name: _local(p) for name, p in parameters.items()},
@@ -87,7 +90,9 @@ class CompressionState(Averager):
         )
         # The first line, as the sizes of two shards may differ.
         self.description = "shard {} of {}\n{}".format(*self._place, self.description)
-        self._parameters = parameters
+        self._model = weakref.ref(model)
+        # Weak, since parameters have this state as their hook, and torch frees no such circle.
+        self._references = {name: weakref.ref(p) for name, p in parameters.items()}
         # Optimizers have the parameters, not their shards.
         self._watched = Parameters(parameters.values(), self._applied)
         # Whether there are gradients that the backward pass made since the last average.
@@ -118,18 +123,19 @@ class CompressionState(Averager):
         RuntimeError
             If another rank failed or cannot be reached, or if an earlier step failed.
         """
-        used = {name: p.requires_grad and p.grad is not None for name, p in self._trained()}
-        if not self._met_unused and not all(used.values()):
+        self._check_not_replaced()
+        if not self._met_unused and any(p.grad is None for _, p in self._trained()):
             self._met_unused = True
             self._ask_to_compare()
         # Steps of plain all-reduce do not compare.
         ask = self.warming_up
         averages: dict[str, Tensor] = {}
+        used: set[str] = set()
         failure: Exception | None = None
         try:
             averages = self.average({name: _gradient(p) for name, p in self._parameters.items()})
             if ask or self._some_unused:
-                used = self._used_by_any(used)
+                used = self._used_by_any()
         except Exception as error:
             self.fail(error)
             failure = error
@@ -137,7 +143,7 @@ class CompressionState(Averager):
         for name, parameter in self._trained():
             if parameter.grad is not None:
                 _local(parameter.grad).copy_(averages[name])
-            elif used[name]:
+            elif name in used:
                 parameter.grad = _like(parameter, averages[name])
         self._waiting = False
 
@@ -189,6 +195,10 @@ class CompressionState(Averager):
         ids = {id(p) for p in self._parameters.values()}
         return any(id(p) in ids for p in parameters)
 
+    @property
+    def _parameters(self) -> dict[str, DTensor]:
+        return {name: p for name, ref in self._references.items() if (p := ref()) is not None}
+
     def _trained(self) -> list[tuple[str, DTensor]]:
         return [(name, p) for name, p in self._parameters.items() if p.requires_grad]
 
@@ -204,22 +214,41 @@ class CompressionState(Averager):
             )
         super()._applied()
 
-    def _used_by_any(self, used: Mapping[str, bool]) -> dict[str, bool]:
-        """Return whether any replica has a gradient of each parameter; all of them ask together."""
-        mine = torch.tensor(list(used.values()), dtype=torch.uint8, device=self._device)
+    def _check_not_replaced(self) -> None:
+        """Raise `RuntimeError` if the model has other parameters than when it was compressed."""
+        model = self._model()
+        for name, parameter in [] if model is None else model.named_parameters():
+            # A parameter that is whole, as after a forward pass, is another tensor.
+            known = self._references.get(name)
+            if known is not None and isinstance(parameter, DTensor) and known() is not parameter:
+                raise RuntimeError(
+                    f"parameter {name!r} was replaced after the model was compressed, as by "
+                    "load_state_dict(..., assign=True): call compress, and build the optimizer, "
+                    "after that"
+                )
+
+    def _used_by_any(self) -> set[str]:
+        """Return the names of parameters of which any replica has a gradient.
+
+        All replicas ask together.
+        """
+        flags = [p.requires_grad and p.grad is not None for p in self._parameters.values()]
+        mine = torch.tensor(flags, dtype=torch.uint8, device=self._device)
         found = self.transport.gather_equal(mine).any(dim=0).tolist()
-        return dict(zip(used, found, strict=True))
+        return {name for name, any_ in zip(self._parameters, found, strict=True) if any_}
 
     def _agree_among_shards(self, failure: Exception | None) -> None:
         """Take the step back if it is taken back for another shard, and raise errors on all."""
         taken_back = self._versions is None
-        notice = torch.tensor([failure is not None, taken_back], dtype=torch.float32)
+        notice = torch.tensor(
+            [failure is not None, taken_back], dtype=torch.float32, device=self._device_of_shards
+        )
         if failure is not None:
             # The ranks with the other shards wait for it.
             with contextlib.suppress(RuntimeError):
-                self._shards.all_reduce(notice.to(self._device))
+                self._shards.all_reduce(notice)
             raise failure
-        failed, spoiled = self._shards.all_reduce(notice.to(self._device)).tolist()
+        failed, spoiled = self._shards.all_reduce(notice).tolist()
         if failed:
             error = RuntimeError(
                 "a rank with another shard of the model failed: see the error there"
@@ -293,7 +322,7 @@ def compress(
         raise RuntimeError(
             "the model is compressed already, by another CompressionState: call compress once"
         )
-    state = CompressionState(compressor, parameters, group, start_step, weight, loss_scale)
+    state = CompressionState(compressor, model, parameters, group, start_step, weight, loss_scale)
     _states.add(state)
     whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
     for tensor in (*parameters.values(), *whole, *model.buffers()):
