@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.common import network
-from benchmarks.common.baselines import Dense, Float16, TorchPowerSGD, current_name
+from benchmarks.common.baselines import Dense, Float16, NoExchange, TorchPowerSGD
 from benchmarks.common.command_line import (
     INTERRUPTED,
     Parser,
@@ -41,7 +42,9 @@ from lbgm_compress import (
     Atomo,
     ErrorFeedback,
     LookBackSubspace,
-    SignSGD,
+    PowerSGD,
+    SharedLBGM,
+    SharedSubspace,
     TopK,
 )
 from lbgm_compress._util.files import atomic_write
@@ -49,171 +52,212 @@ from lbgm_compress.algorithm import Algorithm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 METHODS: tuple[Algorithm, ...] = (
+    NoExchange(),
     Dense(),
     Float16(),
-    TorchPowerSGD(1),
-    TorchPowerSGD(2),
-    TorchPowerSGD(4),
-    ErrorFeedback(TopK(0.01)),
-    ErrorFeedback(SignSGD(scaled=True)),
-    ErrorFeedback(Atomo(4)),
-    LBGM(delta=0.2),
-    LBGM(delta=0.5),
-    LBGM(TopK(0.01), delta=0.2),
-    LBGM(TopK(0.01), delta=0.5),
-    LBGM(ErrorFeedback(TopK(0.01)), delta=0.2),
-    LBGM(ErrorFeedback(TopK(0.01)), delta=0.5),
-    LBGM(Atomo(4), delta=0.2),
-    LBGM(ErrorFeedback(Atomo(4)), delta=0.2),
-    LBGM(ErrorFeedback(Atomo(4)), delta=0.5),
-    ErrorFeedback(LookBackSubspace(4, 0.5, refresh=4, values="int4")),
+    *(TorchPowerSGD(rank) for rank in (1, 2, 4)),
+    *(ErrorFeedback(PowerSGD(rank)) for rank in (1, 2, 4)),
+    ErrorFeedback(SharedSubspace(8)),
+    SharedLBGM(),
     ErrorFeedback(LookBackSubspace(8, 0.5, refresh=8, values="int4")),
+    ErrorFeedback(TopK(0.01)),
+    ErrorFeedback(Atomo(4)),
+    LBGM(),
+    LBGM(ErrorFeedback(Atomo(4))),
 )
 # Images in a step of all ranks together.
 CASES = {"large": 1024, "small": 64}
 
 
-class Epoch(NamedTuple):
-    """One epoch of one run. Bytes are means over its steps and ranks, as sent by one rank."""
+class Report(NamedTuple):
+    """Some steps of one run. Bytes are means over them and over ranks, as sent by one rank."""
 
     case: str
     ranks: int
     mbit: float
     method: str
-    epoch: int
     steps: int
     """Steps so far."""
     seconds: float
     """Training time so far."""
     step_ms: float
-    """Mean time of a step in this epoch."""
+    """Mean time of a step since the last report."""
     interface_bytes: float
     message_bytes: float
     recycled_share: float
     accuracy: float
+    """Accuracy after these steps; nan if it was not measured."""
+
+
+Runs = dict[float, dict[str, list[Report]]]
+"""The reports of one case and number of ranks, by rate and then by method."""
 
 
 # --- the results ---------------------------------------------------------------------------------
 
 
-def write_epochs(file: Path, epochs: Sequence[Epoch]) -> None:
-    """Write a row for each epoch."""
+def write_reports(file: Path, reports: Sequence[Report]) -> None:
+    """Write a row for each report."""
     rows = []
-    for epoch in epochs:
-        row = epoch._asdict()
+    for report in reports:
+        row = report._asdict()
         for name in ("seconds", "step_ms", "interface_bytes", "message_bytes"):
             row[name] = f"{row[name]:.3f}"
         for name in ("recycled_share", "accuracy"):
             row[name] = f"{row[name]:.6f}"
         rows.append(row.values())
-    write_csv(file, Epoch._fields, rows)
+    write_csv(file, Report._fields, rows)
 
 
-def read_epochs(file: Path) -> list[Epoch]:
-    """Return the epochs of a file that `write_epochs` wrote.
+def read_reports(file: Path) -> list[Report]:
+    """Return the reports of a file that `write_reports` wrote.
 
     Raises
     ------
     ValueError
         If this program did not write the file.
     """
-    kinds = get_type_hints(Epoch)
+    kinds = get_type_hints(Report)
     return [
-        Epoch(**{name: kinds[name](value) for name, value in row.items()})
-        for row in (
-            {**row, "method": current_name(row["method"])} for row in read_csv(file, Epoch._fields)
-        )
+        Report(**{name: kinds[name](value) for name, value in row.items()})
+        for row in read_csv(file, Report._fields)
     ]
 
 
-def groups(epochs: Sequence[Epoch]) -> dict[tuple[str, int, float], dict[str, list[Epoch]]]:
-    """Return the epochs by case, ranks and rate, and then by method."""
-    found: dict[tuple[str, int, float], dict[str, list[Epoch]]] = {}
-    for epoch in epochs:
-        by_method = found.setdefault((epoch.case, epoch.ranks, epoch.mbit), {})
-        by_method.setdefault(epoch.method, []).append(epoch)
+def groups(reports: Sequence[Report]) -> dict[tuple[str, int], Runs]:
+    """Return the reports by case and ranks, and then by rate and method."""
+    found: dict[tuple[str, int], Runs] = {}
+    for report in reports:
+        by_rate = found.setdefault((report.case, report.ranks), {})
+        by_rate.setdefault(report.mbit, {}).setdefault(report.method, []).append(report)
     return found
 
 
-def seconds_to(epochs: Sequence[Epoch], target: float) -> float | None:
-    """Return the training time until the end of the first epoch with this accuracy, or None."""
-    return next((epoch.seconds for epoch in epochs if epoch.accuracy >= target), None)
+def seconds_at(run: Sequence[Report], steps: int) -> float:
+    """Return the training time until a step, from the reports before and after it.
+
+    After the last report, steps take as long as those between the last two reports.
+    """
+    times, counts = [0.0, *(r.seconds for r in run)], [0, *(r.steps for r in run)]
+    after = next((i for i, count in enumerate(counts) if count >= steps), len(counts) - 1)
+    slope = (times[after] - times[after - 1]) / (counts[after] - counts[after - 1])
+    return times[after] + slope * (steps - counts[after])
 
 
-def tables(epochs: Sequence[Epoch]) -> Iterator[Table]:
-    """Yield a table for each case, number of ranks and rate."""
+def trained(runs: Runs, method: str) -> list[Report]:
+    """Return the longest run of a method, whose accuracies are those at every rate."""
+    found = [by_method[method] for by_method in runs.values() if method in by_method]
+    return max(found, key=lambda run: run[-1].steps)
+
+
+def steps_to(run: Sequence[Report], target: float) -> int | None:
+    """Return the number of steps after which the accuracy was first measured to be that high."""
+    return next((report.steps for report in run if report.accuracy >= target), None)
+
+
+def target_of(runs: Runs) -> float | None:
+    """Return the accuracy of dense training at its end minus half a point, None without it."""
     dense = repr(Dense())
-    for (case, ranks, mbit), by_method in groups(epochs).items():
-        target = by_method[dense][-1].accuracy - 0.005 if dense in by_method else None
-        until = "s to target" if target is None else f"s to {target:.1%}"
+    if not any(dense in by_method for by_method in runs.values()):
+        return None
+    return trained(runs, dense)[-1].accuracy - 0.005
+
+
+def tables(reports: Sequence[Report]) -> Iterator[Table]:
+    """Yield a table for each case and number of ranks."""
+    for (case, ranks), runs in groups(reports).items():
+        target = target_of(runs)
+        headings = ["method", "kB on the wire", "accuracy", "steps"]
+        for mbit in runs:
+            headings += [f"ms at {mbit:g} Mbit/s", "s"]
         rows = []
-        for method, run in by_method.items():
-            reached = None if target is None else seconds_to(run, target)
-            last, count = run[-1], len(run)
-            rows.append(
-                (
-                    method,
-                    f"{1e3 * last.seconds / last.steps:.0f}",
-                    f"{sum(e.interface_bytes for e in run) / count / 1e3:.1f}",
-                    f"{sum(e.message_bytes for e in run) / count / 1e3:.1f}",
-                    f"{last.recycled_share:.0%}",
-                    f"{last.accuracy:.2%}",
-                    "-" if reached is None else f"{reached:.0f}",
-                )
-            )
-        title = f"{case} batches ({CASES[case]} images a step), {ranks} ranks, {mbit:g} Mbit/s"
-        headings = ("method", "ms a step", "kB on the wire", "kB message", "recycled", "accuracy")
-        yield make_table(title, (*headings, until), rows, whole="method")
+        for method in dict.fromkeys(method for of in runs.values() for method in of):
+            run = trained(runs, method)
+            total = run[-1].steps
+            steps = None if target is None else steps_to(run, target)
+            wire = [sum(r.interface_bytes for r in run) / len(run) / 1e3]
+            accuracy = run[-1].accuracy
+            cells = [method, *(f"{kilobytes:.1f}" for kilobytes in wire)]
+            cells += ["-" if math.isnan(accuracy) else f"{accuracy:.2%}"]
+            cells += ["-" if steps is None else str(steps)]
+            for by_method in runs.values():
+                of = by_method.get(method)
+                cells += ["-" if of is None else f"{1e3 * seconds_at(of, total) / total:.0f}"]
+                cells += ["-" if of is None or steps is None else f"{seconds_at(of, steps):.1f}"]
+            rows.append(cells)
+        until = "" if target is None else f"; steps and seconds until {target:.1%}"
+        title = f"{case} batches ({CASES[case]} images a step), {ranks} ranks{until}"
+        yield make_table(title, headings, rows, whole="method")
 
 
-def draw(folder: Path, epochs: Sequence[Epoch], known: Sequence[str] = ()) -> None:
-    """Draw accuracy by time for each setting, and the time of a step by rate.
+def draw(folder: Path, reports: Sequence[Report], known: Sequence[str] = ()) -> None:
+    """Draw accuracy by time for each setting and rate, and the time to the target by rate.
 
     `known` are the values of ``--known``.
     """
-    names = list(dict.fromkeys(epoch.method for epoch in epochs))
+    names = list(dict.fromkeys(report.method for report in reports))
     styles = line_styles(read_methods(", ".join(names), known))
     look = {name: {**style, "marker": "o"} for name, style in zip(names, styles, strict=True)}
-    for (case, ranks, mbit), by_method in groups(epochs).items():
+    for (case, ranks), runs in groups(reports).items():
+        shown = {
+            method: run
+            for method in dict.fromkeys(method for of in runs.values() for method in of)
+            if not math.isnan((run := trained(runs, method))[-1].accuracy)
+        }
+        for mbit, by_method in runs.items():
 
-        def accuracy(axes: Axes, by_method: dict[str, list[Epoch]] = by_method) -> None:
-            for method, run in by_method.items():
-                times, accuracies = [e.seconds for e in run], [e.accuracy for e in run]
-                axes.plot(times, accuracies, markersize=3, **look[method])
-            axes.set_xscale("log")
-            axes.set_xlabel("training time in s (log scale)")
-            _show_numbers(axes)
-            axes.set_ylabel("test accuracy")
-            show_percent(axes.yaxis)
+            def accuracy(
+                axes: Axes,
+                by_method: dict[str, list[Report]] = by_method,
+                shown: dict[str, list[Report]] = shown,
+            ) -> None:
+                for method, run in shown.items():
+                    if method in by_method:
+                        times = [seconds_at(by_method[method], r.steps) for r in run]
+                        axes.plot(times, [r.accuracy for r in run], markersize=3, **look[method])
+                axes.set_xscale("log")
+                axes.set_xlabel("training time in s (log scale)")
+                _show_numbers(axes.xaxis)
+                axes.set_ylabel("test accuracy")
+                show_percent(axes.yaxis)
 
-        title = f"{case} batches, {ranks} ranks, {mbit:g} Mbit/s"
-        picture = chart(accuracy, title, len(by_method))
-        atomic_write(folder / f"accuracy-{case}-{ranks}-{mbit:g}.png", picture)
-    for case, ranks in sorted({(epoch.case, epoch.ranks) for epoch in epochs}):
-        steps: dict[str, dict[float, float]] = {}
-        for e in epochs:
-            if (e.case, e.ranks) == (case, ranks):
-                steps.setdefault(e.method, {})[e.mbit] = e.seconds / e.steps
+            title = f"{case} batches, {ranks} ranks, {mbit:g} Mbit/s"
+            picture = chart(accuracy, title, len(shown))
+            atomic_write(folder / f"accuracy-{case}-{ranks}-{mbit:g}.png", picture)
+        target = target_of(runs)
+        if target is None:
+            continue
 
-        def step_times(axes: Axes, steps: dict[str, dict[float, float]] = steps) -> None:
-            for method, times in steps.items():
-                rates = sorted(times)
-                axes.plot(rates, [times[rate] for rate in rates], **look[method])
+        def until(
+            axes: Axes,
+            runs: Runs = runs,
+            shown: dict[str, list[Report]] = shown,
+            target: float = target,
+        ) -> None:
+            for method, run in shown.items():
+                steps = steps_to(run, target)
+                if steps is not None:
+                    rates = sorted(rate for rate in runs if method in runs[rate])
+                    times = [seconds_at(runs[rate][method], steps) for rate in rates]
+                    axes.plot(rates, times, **look[method])
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlabel("rate of a link in Mbit/s (log scale)")
-            axes.set_ylabel("seconds a step (log scale)")
+            axes.set_ylabel(f"s to {target:.1%} (log scale)")
+            _show_numbers(axes.xaxis)
+            _show_numbers(axes.yaxis)
 
-        picture = chart(step_times, f"{case} batches, {ranks} ranks", len(steps))
-        atomic_write(folder / f"step-{case}-{ranks}.png", picture)
+        picture = chart(until, f"{case} batches, {ranks} ranks", len(shown))
+        atomic_write(folder / f"time-{case}-{ranks}.png", picture)
 
 
-def _show_numbers(axes: Axes) -> None:
+def _show_numbers(axis: Axis) -> None:
     from matplotlib.ticker import ScalarFormatter
 
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter(ScalarFormatter())
 
 
 def probe_table(probes: Sequence[dict[str, Any]]) -> Table:
@@ -259,16 +303,21 @@ def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser("link.py", __doc__)
     add = parser.add_argument
-    add("--rates", type=listed(float), default=[10.0, 100.0, 1000.0], metavar="LIST",
-        help="rates of the links in Mbit/s (default: 10,100,1000)")  # fmt: skip
-    add("--ranks", type=listed(int), default=[2, 4], metavar="LIST",
-        help="numbers of ranks (default: 2,4)")  # fmt: skip
+    add("--rates", type=listed(float), default=[1000.0, 100.0, 10.0], metavar="LIST",
+        help="rates of the links in Mbit/s (default: 1000,100,10)")  # fmt: skip
+    add("--ranks", type=listed(int), default=[4, 8], metavar="LIST",
+        help="numbers of ranks (default: 4,8)")  # fmt: skip
     add("--cases", type=listed(str), default=list(CASES), metavar="LIST",
         help=f"batches: {', '.join(f'{c} ({n} images a step)' for c, n in CASES.items())} "
         "(default: all)")  # fmt: skip
     add_methods(parser, f"{len(METHODS)} of all kinds",
-        "; and DDP's own Dense(), Float16() and TorchPowerSGD(RANK)")  # fmt: skip
-    add("--epochs", type=int, default=3, help="epochs of each run (default: 3)")
+        "; and DDP's own Dense(), Float16(), TorchPowerSGD(RANK) and NoExchange()")  # fmt: skip
+    add("--steps", type=int, default=320, help="steps of each run (default: 320)")
+    add("--report-every", type=int, default=20, metavar="N",
+        help="measure accuracy after every N steps (default: 20)")  # fmt: skip
+    add("--timed-steps", type=int, metavar="N",
+        help="at all rates but the first of --rates take N steps alone, whose time is measured: a "
+        "rate changes no accuracy (default: all steps)")  # fmt: skip
     add("--images", type=int, default=60_000, help="training images to use (default: 60000)")
     add("--lr", type=float, default=0.02, help="learning rate, momentum is 0.9 (default: 0.02)")
     add("--seed", type=int, default=0, help="seed of model and data order (default: 0)")
@@ -298,8 +347,13 @@ def check(options: argparse.Namespace) -> list[str]:
         raise ValueError("--ranks: from 2 to 16 can be connected")
     if not all(0.1 <= rate <= 10_000 for rate in options.rates):
         raise ValueError("--rates: from 0.1 to 10000 Mbit/s can be made")
-    if options.epochs < 1 or options.images < max(CASES.values()):
-        raise ValueError(f"--epochs starts at 1, --images at {max(CASES.values())}")
+    if not 1 <= options.report_every <= options.steps:
+        raise ValueError("--report-every: from 1 to --steps")
+    if options.timed_steps is not None and options.timed_steps < 2 * options.report_every:
+        # The first steps of a run are not as the others.
+        raise ValueError("--timed-steps: at least twice --report-every")
+    if options.images < max(CASES.values()):
+        raise ValueError(f"--images starts at {max(CASES.values())}")
     if not options.probe_only:
         try:
             load("fashion-mnist", options.data_dir, options.seed)
@@ -316,12 +370,14 @@ def draw_again(parser: Parser, options: argparse.Namespace) -> int:
     """Draw the pictures of kept results, and return the exit status."""
     file = options.out / "link.csv"
     try:
-        epochs = read_epochs(file)
-        if not epochs:
-            raise ValueError(f"--out {options.out}: there are no epochs in link.csv")
-        draw(options.out, epochs, options.known)
+        reports = read_reports(file)
+        if not reports:
+            raise ValueError(f"--out {options.out}: there are no reports in link.csv")
+        draw(options.out, reports, options.known)
     except ValueError as error:
         parser.error(str(error))
+    for table in tables(reports):
+        console().print(table)
     return 0
 
 
@@ -338,55 +394,63 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     printer = console()
-    epochs: list[Epoch] = []
+    reports: list[Report] = []
     probes: list[dict[str, Any]] = []
     interrupted = False
     trained = [] if options.probe_only else methods
     cases = options.cases[:1] if options.probe_only else options.cases
-    total = len(cases) * len(options.ranks) * len(options.rates) * len(trained) * options.epochs
+    timed = options.timed_steps or options.steps
+    counts = {rate: timed if i else options.steps for i, rate in enumerate(options.rates)}
+    total = len(cases) * len(options.ranks) * len(trained) * sum(counts.values())
     progress = Progress(console=printer, disable=not printer.is_terminal, transient=True)
     try:
         with progress:
             bar = progress.add_task("training", total=max(total, 1))
             for case, ranks, mbit in itertools.product(cases, options.ranks, options.rates):
+                steps = min(options.steps, counts[mbit])
                 task = {
                     "methods": trained,
                     "known": options.known,
                     "probe": case == cases[0],
                     "mbit": mbit,
                     "batch": CASES[case],
-                    "epochs": options.epochs,
+                    "steps": steps,
+                    "report_every": options.report_every,
+                    "evaluate": steps == options.steps,
                     "images": options.images,
                     "lr": options.lr,
                     "seed": options.seed,
                     "data_dir": options.data_dir,
                 }
                 with network.network(ranks, mbit) as names:
+                    before = 0
                     for told in network.launch("benchmarks.common.link_rank", names, task):
                         if "probe" in told:
                             probes.append({"ranks": ranks, "mbit": mbit, **told["probe"]})
                             continue
-                        epoch = Epoch(case=case, ranks=ranks, mbit=mbit, **told)
-                        epochs.append(epoch)
-                        write_epochs(options.out / "link.csv", epochs)
-                        what = f"{case}, {ranks} ranks, {mbit:g} Mbit/s: {epoch.method}"
-                        progress.update(bar, advance=1, description=what)
-                        if not printer.is_terminal and epoch.epoch == options.epochs:
-                            printer.print(f"{what}: {epoch.accuracy:.2%} in {epoch.seconds:.0f} s")
+                        report = Report(case=case, ranks=ranks, mbit=mbit, **told)
+                        reports.append(report)
+                        write_reports(options.out / "link.csv", reports)
+                        what = f"{case}, {ranks} ranks, {mbit:g} Mbit/s: {report.method}"
+                        progress.update(bar, advance=report.steps - before, description=what)
+                        before = report.steps % steps
+                        if not printer.is_terminal and report.steps == steps:
+                            ms = 1e3 * report.seconds / report.steps
+                            printer.print(f"{what}: {ms:.0f} ms a step, {report.accuracy:.2%}")
     except KeyboardInterrupt:
         interrupted = True
     except RuntimeError as error:
         printer.print(f"link.py: error: {error}", style="red", soft_wrap=True)
         return 1
-    for table in tables(epochs):
+    for table in tables(reports):
         printer.print(table)
     if probes:
         printer.print(probe_table(probes))
         printer.print(limit_of_the_link(probes), soft_wrap=True)
         text = json.dumps(probes, indent=1) + "\n"
         atomic_write(options.out / "exchange.json", text.encode())
-    if epochs:
-        draw(options.out, epochs, options.known)
+    if reports:
+        draw(options.out, reports, options.known)
     printer.print(f"Results are in {options.out}.", soft_wrap=True)
     return INTERRUPTED if interrupted else 0
 

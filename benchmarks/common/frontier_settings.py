@@ -131,7 +131,7 @@ SETTINGS = {
     ),
     "small-batch": Setting(
         "data-parallel, 4 workers with batches of 32, momentum 0.9",
-        {"fcn": 600, "small-cnn": 300},
+        {"fcn": 600, "small-cnn": 600},
         batch_size=32,
         **PARALLEL,
     ),

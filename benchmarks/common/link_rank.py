@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.common.baselines import register
+from benchmarks.common.baselines import NoExchange, register
 from benchmarks.common.command_line import read_methods
 from benchmarks.common.data import Dataset, load
 from benchmarks.common.models import build
@@ -44,23 +46,21 @@ def mean_over_ranks(number: float) -> float:
 
 
 def train(dataset: Dataset, task: dict[str, Any], method: Algorithm) -> None:
-    """Train with one method, and report every epoch."""
+    """Train with one method, and report after every ``task["report_every"]`` steps."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(
         build("cnn", (1, 28, 28), dataset.classes, task["seed"]), bucket_cap_mb=1000
     )
     sent_after = register(model, method, model.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=task["lr"], momentum=0.9)
-    generator = torch.Generator().manual_seed(task["seed"])
-    batch, count = task["batch"], min(task["images"], len(dataset.train_labels))
-    steps_an_epoch = count // batch
+    batches = batches_of(dataset, task)
     seconds, messages_before = 0.0, 0
-    for epoch in range(1, task["epochs"] + 1):
-        order = torch.randperm(count, generator=generator)
+    for first in range(0, task["steps"], task["report_every"]):
+        last = min(first + task["report_every"], task["steps"])
         dist.barrier()
         start, interface = time.perf_counter(), sent_bytes()
-        for step in range(steps_an_epoch):
-            mine = order[step * batch : (step + 1) * batch][rank::ranks]
+        for batch in itertools.islice(batches, last - first):
+            mine = batch[rank::ranks]
             optimizer.zero_grad()
             logits = model(dataset.train_images[mine])
             nn.functional.cross_entropy(logits, dataset.train_labels[mine]).backward()
@@ -69,22 +69,33 @@ def train(dataset: Dataset, task: dict[str, Any], method: Algorithm) -> None:
         took = time.perf_counter() - start
         interface = sent_bytes() - interface
         seconds += took
-        sent = sent_after(epoch * steps_an_epoch)
-        interface_mean = mean_over_ranks(interface / steps_an_epoch)
-        message_mean = mean_over_ranks((sent.bytes - messages_before) / steps_an_epoch)
+        sent = sent_after(last)
+        interface_mean = mean_over_ranks(interface / (last - first))
+        message_mean = mean_over_ranks((sent.bytes - messages_before) / (last - first))
         messages_before = sent.bytes
+        reached = math.nan
+        if task["evaluate"] and not isinstance(method, NoExchange):
+            # Every rank evaluates a part of the test images, while the clock stands.
+            reached = mean_over_ranks(accuracy(model.module, dataset, rank, ranks))
         report(
             method=repr(method),
-            epoch=epoch,
-            steps=epoch * steps_an_epoch,
+            steps=last,
             seconds=seconds,
-            step_ms=1e3 * took / steps_an_epoch,
+            step_ms=1e3 * took / (last - first),
             interface_bytes=interface_mean,
             message_bytes=message_mean,
             recycled_share=mean_over_ranks(sent.recycled_share),
-            # Every rank evaluates a part of the test images, while the clock stands.
-            accuracy=mean_over_ranks(accuracy(model.module, dataset, rank, ranks)),
+            accuracy=reached,
         )
+
+
+def batches_of(dataset: Dataset, task: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the indices of the images of each step, of all ranks together."""
+    generator = torch.Generator().manual_seed(task["seed"])
+    count = min(task["images"], len(dataset.train_labels))
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % task["batch"]].split(task["batch"])
 
 
 @torch.no_grad()
