@@ -156,6 +156,30 @@ def test_without_loss_it_is_native_hsdp(reduce_once):
 # --- all replicas have the same model -------------------------------------------------------------
 
 
+def begin(rank):
+    mesh = mesh_of_ranks()
+    torch.manual_seed(rank)
+    # The first layer's parameters are not sharded, and the second one's are in bfloat16.
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3, dtype=torch.bfloat16), nn.Linear(3, 3))
+    nn.init.normal_(model[0].weight).requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    model[0](torch.randn(4, 3))
+    fully_shard(model[1], mesh=mesh["shard"])
+    fully_shard(model[2], mesh=mesh["shard"])
+    before = model[0].weight.clone()
+    compress(model, LBGM(), mesh["replicate"])
+    whole_ones = {**dict(model.named_buffers()), "weight": model[0].weight}
+    return before, {name: local(p).detach() for name, p in model[1:].named_parameters()}, whole_ones
+
+
+def test_replicas_begin_with_the_parameters_and_buffers_of_the_first():
+    before, parameters, whole_ones = zip(*run_ranks(begin, WORLD), strict=True)
+    assert not torch.equal(before[2], before[0])
+    assert_replicas_agree(parameters)
+    assert_replicas_agree(whole_ones)
+    assert_same_bits(whole_ones[0]["weight"], before[0])
+
+
 def train_30_steps(rank):
     results = []
     for compressor in LOSSY:

@@ -324,9 +324,9 @@ def compress(
         )
     state = CompressionState(compressor, model, parameters, group, start_step, weight, loss_scale)
     _states.add(state)
-    whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
-    for tensor in (*parameters.values(), *whole, *model.buffers()):
-        _take_from_first(state.transport, _local(tensor))
+    device = _local(next(iter(parameters.values()))).device
+    for tensor in (*model.parameters(), *model.buffers()):
+        _take_from_first(state.transport, _local(tensor), device)
     return state
 
 
@@ -424,9 +424,9 @@ def _check_disjoint(group: dist.ProcessGroup, mesh: DeviceMesh) -> None:
         )
 
 
-def _take_from_first(transport: Transport, tensor: Tensor) -> None:
-    """Replace a tensor by that of the first rank; all ranks call it together."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+def _take_from_first(transport: Transport, tensor: Tensor, device: torch.device) -> None:
+    """Replace a tensor by that of the first rank, through `device`; all ranks call it together."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).to(device)
     transport.gather_unequal([data if rank == 0 else data[:0] for rank in range(transport.size)])
     tensor.copy_(data.view(tensor.dtype).view(tensor.shape))
 
