@@ -13,6 +13,7 @@ collect_ignore = ["elastic_job.py", "flower_job", "grace_job.py"]
 REMEDIES = {
     "Horovod": "`make horovod` builds it (about four minutes)",
     "Flower": "Flower needs Python 3.11 or newer",
+    "NVFlare": "pip install nvflare",
     "torchft": "pip install torchft (Linux on x86-64, Python 3.10 to 3.13)",
     "grace": "set GRACE_DL_PATH to a checkout of sands-lab/grace",
     "CUDA": "they need a GPU",

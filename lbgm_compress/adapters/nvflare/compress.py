@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from nvflare.apis.dxo import DXO, DataKind
@@ -13,15 +11,13 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
-from torch import Tensor
 
-from lbgm_compress._util.files import atomic_write
 from lbgm_compress._util.units import human_bytes
 from lbgm_compress.adapters.nvflare.job import PackageFilter
 from lbgm_compress.adapters.nvflare.layout import Layout, checked_compressor, nbytes, split
 from lbgm_compress.adapters.nvflare.messages import KEY, Request, Update
 from lbgm_compress.compressor import Compressor
-from lbgm_compress.decoded import Decoded, Dense
+from lbgm_compress.decoded import Decoded
 from lbgm_compress.endpoints import Sender
 
 __all__ = ["CompressUpdates"]
@@ -37,9 +33,9 @@ class CompressUpdates(PackageFilter):
     Between rounds the filter keeps the state of a `lbgm_compress.Sender` in memory, and with error
     feedback what its last message carried. If that update did not go into the model, because the
     result was lost, late, refused or rejected by the aggregator, the next request of the server
-    says so, and what it carried is added to the residual. The client trusts its server in this. In
-    the simulator with fewer threads than clients, where processes end after their turn, the state
-    is kept in a file in the folder of the run.
+    says so, and what it carried is added to the residual. The client trusts its server in this. The
+    state lasts as long as the client's process. In the simulator with fewer threads than clients
+    that is one turn: every update is then sent in full, and a residual is lost, with a warning.
 
     Parameters
     ----------
@@ -81,13 +77,9 @@ class CompressUpdates(PackageFilter):
         self._last: tuple[int, Mapping[str, Decoded]] | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Read the server's request from a task, and keep the state where a process ends."""
+        """Take the server's request out of a task."""
         if event_type == EventType.BEFORE_TASK_DATA_FILTER:
             self._request = Request.take_from(fl_ctx.get_prop(FLContextKey.TASK_DATA))
-        elif event_type == EventType.START_RUN:
-            self._load(fl_ctx)
-        elif event_type == EventType.SWAP_OUT:
-            self._save(fl_ctx)
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO | None:
         """Return the compressed update.
@@ -129,6 +121,12 @@ class CompressUpdates(PackageFilter):
 
     def _prepare(self, request: Request, fl_ctx: FLContext) -> None:
         """Begin anew with another server, and take back what did not go into the model."""
+        if self._training is None and request.layout:
+            self.log_warning(
+                fl_ctx,
+                "this process has lost what the client's last one kept: the update is sent in "
+                "full, without a residual (in the simulator, use as many threads as clients)",
+            )
         if self._training != request.training:
             # Workers must not share their randomness.
             name = str(fl_ctx.get_identity_name()).encode()
@@ -139,35 +137,3 @@ class CompressUpdates(PackageFilter):
             self._sender.give_back({name: one.dense() for name, one in self._last[1].items()})
             self.log_info(fl_ctx, "the last update did not go into the model")
         self._last = None
-
-    # --- processes that end after their turn ------------------------------------------------------
-
-    def _file(self, fl_ctx: FLContext) -> Path:
-        folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
-        mine = hashlib.blake2b(repr((self.compressor, self.exclude)).encode(), digest_size=8)
-        return Path(folder) / f"{KEY}-{fl_ctx.get_identity_name()}-{mine.hexdigest()}.pt"
-
-    def _save(self, fl_ctx: FLContext) -> None:
-        if self._training is None:
-            return
-        ticket, decoded = self._last or (0, {})
-        state = {
-            "training": self._training,
-            "sender": self._sender.state_dict(),
-            "ticket": ticket,
-            "last": {name: one.dense() for name, one in decoded.items()},
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        atomic_write(self._file(fl_ctx), buffer.getvalue())
-
-    def _load(self, fl_ctx: FLContext) -> None:
-        path = self._file(fl_ctx)
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True)
-        self._sender.load_state_dict(state["sender"])
-        last: dict[str, Tensor] = state["last"]
-        decoded = {name: Dense(tensor) for name, tensor in last.items()}
-        self._training = state["training"]
-        self._last = (state["ticket"], decoded) if decoded else None
