@@ -76,8 +76,8 @@ def _new_group(
 ) -> dist.ProcessGroup | int | None:
     """Return a new group; if `local`, its ranks alone call this, else all ranks of the job.
 
-    A local group is named after the number of groups that a rank is in, which must then be the same
-    on its ranks: a program with groups of some ranks waits for ever otherwise.
+    A local group is named after the number of groups that a rank is in, which must be the same on
+    its ranks: they do not find each other otherwise.
     """
     timeout = _timeout(like)
     made: dist.ProcessGroup | int | None = dist.new_group(
