@@ -40,7 +40,7 @@ def test_citation_is_of_this_version():
 def test_importing_the_package_imports_no_engine_and_no_benchmark_library():
     code = (
         "import sys, lbgm_compress; "
-        "heavy = {'horovod', 'torchft', 'flwr', 'grace_dl', 'ray', 'matplotlib', 'rich'};"
+        "heavy = {'horovod', 'torchft', 'flwr', 'nvflare', 'grace_dl', 'ray', 'matplotlib', 'rich'};"
         "heavy |= {'sklearn', 'scipy'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
