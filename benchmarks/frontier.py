@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import multiprocessing
 import os
 import statistics
 import sys
@@ -46,6 +45,7 @@ from benchmarks.common.frontier_settings import (
 )
 from benchmarks.common.models import parameters
 from benchmarks.common.plots import FAMILIES, family_of, png, subplots, tidy
+from benchmarks.common.processes import make_pool
 from benchmarks.common.tables import console, make_table, read_csv, write_csv
 from benchmarks.common.training import Round, Training, run
 from lbgm_compress._util.files import atomic_write
@@ -380,12 +380,6 @@ def wanted(options: Any) -> dict[Run, Algorithm]:
             "that is data-parallel"
         )
     return runs
-
-
-def make_pool(jobs: int) -> concurrent.futures.Executor:
-    """Return an executor with a process for each job."""
-    spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn)
 
 
 def run_missing(

@@ -1,12 +1,14 @@
-"""The environment of the processes that commands start."""
+"""Processes that commands start: their environment, and pools of them."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 
-__all__ = ["OFFLINE", "ROOT", "environment"]
+__all__ = ["OFFLINE", "ROOT", "environment", "make_pool"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # Flower and Ray neither report nor install anything.
@@ -29,3 +31,9 @@ def environment(**more: str) -> dict[str, str]:
         rest = found.get(name)
         found[name] = f"{first}{os.pathsep}{rest}" if rest else str(first)
     return {**found, **OFFLINE, **more}
+
+
+def make_pool(jobs: int) -> concurrent.futures.Executor:
+    """Return an executor with a process for each job."""
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn)
