@@ -110,12 +110,12 @@ def test_nodes_of_one_rank_each_give_the_bits_of_no_nodes():
         assert (second[1], fourth[1]) == (first[1], third[1])
 
 
-def many_buckets(rank, nodes):
+def many_buckets(rank, nodes, compressors):
     """Train for 30 steps, and do the last ones once more as a new process does."""
     # With other buckets after the first step, sums of three ranks would be rounded in other orders.
     fixed = {"find_unused_parameters": True}
     group, results = group_of(nodes), []
-    for compressor in COMPRESSORS:
+    for compressor in compressors:
         model = build(**fixed)
         options = {"weight": 1.0 + rank, "node_group": group}
         state = compress(model, compressor, **options)
@@ -144,10 +144,14 @@ def many_buckets(rank, nodes):
 
 
 @pytest.mark.timeout(120)
-@LAYOUTS
-def test_replicas_are_bit_identical_and_resume_bit_for_bit_with_many_buckets(nodes):
-    results = run_ranks(many_buckets, world_of(nodes), nodes, timeout=100)
-    for i, compressor in enumerate(COMPRESSORS):
+@pytest.mark.parametrize(
+    ("nodes", "compressors"),
+    [(EQUAL, COMPRESSORS), (UNEQUAL, COMPRESSORS[::2])],
+    ids=["2 x 2", "1 + 2 + 3"],
+)
+def test_replicas_are_bit_identical_and_resume_bit_for_bit_with_many_buckets(nodes, compressors):
+    results = run_ranks(many_buckets, world_of(nodes), nodes, compressors, timeout=100)
+    for i, compressor in enumerate(compressors):
         assert_replicas_agree([result[i][0] for result in results])
         for rank, result in enumerate(results):
             _, ratio, tensors = result[i]
