@@ -1,4 +1,4 @@
-"""LBGM for Flower's message API: a mod for the clients, and a strategy around yours at the server.
+"""Compression for Flower's message API: a mod for the clients, and a strategy around yours.
 
 >>> from flwr.clientapp import ClientApp
 >>> from flwr.serverapp.strategy import FedAvg
@@ -22,6 +22,11 @@ A client uses a look-back gradient only if the digest says that the server holds
 Therefore a lost reply, a late client or a restart at either end costs one full update, and never
 gives a wrong one. With error feedback, what a reply carried that did not go into the model comes
 back into the client's residual with the next request.
+
+With ``CompressedStrategy(..., downlink=LookBackSubspace(4, values="int4"))`` the model travels to
+clients compressed too, in train and evaluate messages. The server compresses the difference between
+the model and what its clients hold, the mod rebuilds the model before the app sees the message, and
+a client that missed messages is sent those that it lacks, or the whole model.
 
 Compressors of your own are named at both ends: ``CompressionMod(compressors=[RandomK])`` and
 ``CompressedStrategy(FedAvg(), RandomK(0.1), compressors=[RandomK])``.

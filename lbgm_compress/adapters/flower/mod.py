@@ -10,19 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state, write_state
+from lbgm_compress.adapters.flower.claim import OUT_OF_SYNC, add_claim
 from lbgm_compress.adapters.flower.client_states import layout_of
 from lbgm_compress.adapters.flower.last_message import give_back, last_message
+from lbgm_compress.adapters.flower.models import Models
+from lbgm_compress.adapters.flower.receiving import receive_model
 from lbgm_compress.adapters.flower.reply import (
     NDArray,
     Reply,
     compressible,
     default_parts,
     matching,
+    tensor_of,
     updates,
 )
 from lbgm_compress.adapters.flower.request import ADDED, KEY, Request
@@ -43,7 +47,13 @@ class CompressionMod:
 
     Put it first into the list of mods, so that the changes of the others, such as clipping and
     noise, are compressed too. Messages that do not come from a `CompressedStrategy` pass through
-    unchanged, and so do evaluation and queries.
+    unchanged, and so do queries, and evaluation unless the strategy has a `downlink`.
+
+    With a `downlink`, the mod rebuilds the model before the app sees a message. It keeps the model
+    in a file that the clients of one machine share, for the last three versions of each training:
+    in `state_dir`, or else in a folder of the user's own for temporary files, where trainings that
+    have not been used for a week are removed. A client that does not hold a version that a message
+    begins with replies with an error, and is sent the whole model the next time.
 
     Between rounds the mod keeps the compact state of a `lbgm_compress.Sender`: the compressed
     look-back gradients, and a residual of the model's size for each `ErrorFeedback`. By default
@@ -62,9 +72,10 @@ class CompressionMod:
     ----------
     state_dir
         A folder for the state instead, made if it does not exist, with one file for each training
-        and node. It suits large states, and survives a restart of the client if its node id does:
-        in deployment, that of a SuperNode with an authentication key. Clients of several nodes may
-        share the folder. Files of trainings that are over may be deleted.
+        and node, and for the models of a downlink. It suits large states, and survives a restart of
+        the client if its node id does: in deployment, that of a SuperNode with an authentication
+        key. Clients of several nodes may share the folder. Files and folders of trainings that are
+        over may be deleted.
     compressors
         Classes besides those of `lbgm_compress` that the server's compressor may name: compressors
         of your own, and classes that their constructors take as arguments. The server needs the
@@ -119,13 +130,39 @@ class CompressionMod:
         asked = _take_request(msg)
         if asked is None:
             return call_next(msg, ctxt)
+        claim = b""
         try:
             request = Request.unpack(asked, self.compressors)
-            [received] = _one_record(msg, "message").values()
+            _one_record(msg, "message")
+            if request.downlink is not None:
+                try:
+                    claim = receive_model(msg, request, self._models(request))
+                except (ValueError, OSError) as error:
+                    return _failed(error, msg, OUT_OF_SYNC)
+        except ValueError as error:
+            return _failed(error, msg)
+        if _kind(msg) == "train":
+            reply = self._train(msg, ctxt, call_next, request)
+        else:
+            reply = call_next(msg, ctxt)
+        add_claim(reply, claim)
+        return reply
+
+    def _train(
+        self, msg: Message, ctxt: Context, call_next: ClientAppCallable, request: Request
+    ) -> Message:
+        """Let the app train, and compress the arrays of its reply."""
+        try:
+            [(key, received)] = msg.content.array_records.items()
             # The app may empty the record that it is given.
             sent = _arrays(dict(received))
             excluded = matching(sent, request.exclude)
             defaults = default_parts(sent, excluded)
+            sender = None
+            if request.residual == "model":
+                sender = self._sender(request, ctxt, compressible(defaults, excluded))
+                sent = _with_residuals(sent, sender)
+                msg.content[key] = ArrayRecord({n: Array(array) for n, array in sent.items()})
         except ValueError as error:
             return _failed(error, msg)
         reply = call_next(msg, ctxt)
@@ -135,7 +172,8 @@ class CompressionMod:
             [(key, record)] = _one_record(reply, "reply").items()
             new = _arrays(dict(record))
             parts, changes = updates(sent, new, excluded)
-            sender = self._sender(request, ctxt, changes)
+            if sender is None or parts != defaults:
+                sender = self._sender(request, ctxt, changes)
             message = None
             before = sender.state_dict()
             if changes:
@@ -156,6 +194,9 @@ class CompressionMod:
             state[LAST] = last_message(message, before, sender, request.round)
         self._keep(request, ctxt, state)
         return reply
+
+    def _models(self, request: Request) -> Models:
+        return Models(request.training, self.state_dir)
 
     def _sender(self, request: Request, ctxt: Context, changes: Mapping[str, Tensor]) -> Sender:
         """Return the sender of this training as the last round left it, or a new one.
@@ -238,7 +279,7 @@ def _digest(request: Request, likes: Mapping[str, Tensor], changes: Mapping[str,
 
 def _take_request(msg: Message) -> Any:
     """Remove the server's request from a message and return it; None if there is none."""
-    if msg.metadata.message_type.split(".")[0] != "train" or not msg.has_content():
+    if _kind(msg) not in ("train", "evaluate") or not msg.has_content():
         return None
     for key, record in msg.content.config_records.items():
         if ADDED in record:
@@ -250,6 +291,21 @@ def _take_request(msg: Message) -> Any:
             msg.content = RecordDict({**msg.content, key: rest})
             return record[KEY]
     return None
+
+
+def _kind(msg: Message) -> str:
+    return msg.metadata.message_type.split(".")[0]
+
+
+def _with_residuals(arrays: Mapping[str, NDArray], sender: Sender) -> dict[str, NDArray]:
+    """Return arrays plus what the sender has not sent of them yet, each in its own dtype."""
+    found = dict(arrays)
+    for name, entry in sender.state_dict()["tensors"].items():
+        residual = entry["own"].get("residual")
+        if name in found and residual is not None:
+            array = tensor_of(found[name], found[name].dtype.name)
+            found[name] = (array + residual).to(array.dtype).numpy()
+    return found
 
 
 def _one_record(msg: Message, what: str) -> Mapping[str, ArrayRecord]:
@@ -266,7 +322,7 @@ def _arrays(record: Mapping[str, Any]) -> dict[str, NDArray]:
         raise ValueError(f"compression needs numpy arrays: {error}") from None
 
 
-def _failed(error: ValueError, msg: Message) -> Message:
-    reason = f"compression_mod: {error}"
+def _failed(error: Exception, msg: Message, start: str = "compression_mod: ") -> Message:
+    reason = f"{start}{error}"
     logger.error(reason)
     return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), reply_to=msg)

@@ -21,7 +21,9 @@ def plot(
     *,
     accuracy: str = "accuracy",
 ) -> None:
-    """Draw the bytes of each round, and the accuracy against all bytes so far.
+    """Draw the bytes of each round, and the accuracy against all bytes so far, in both directions.
+
+    Log files of older releases, which do not have the bytes to clients, are drawn without them.
 
     Parameters
     ----------
@@ -54,39 +56,56 @@ def plot(
         )
     numbers = sorted(rounds)
     uplink = [rounds[number]["train"]["uplink-bytes"] for number in numbers]
-    dense = [rounds[number]["train"]["dense-bytes"] for number in numbers]
+    downlink = [_downlink(rounds[number], "downlink-bytes") for number in numbers]
+    dense = [
+        rounds[number]["train"]["dense-bytes"] + _downlink(rounds[number], "downlink-dense-bytes")
+        for number in numbers
+    ]
+    both = [up + down for up, down in zip(uplink, downlink, strict=True)]
     size, unit = byte_unit(max(dense))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(numbers, [count / size for count in uplink], label="sent", color="C0")
+    for counts, label, shift in ((uplink, "up", -0.2), (downlink, "down", 0.2)):
+        left.bar(
+            [number + shift for number in numbers],
+            [count / size for count in counts],
+            width=0.4,
+            label=label,
+            color="C0" if label == "up" else "C1",
+        )
     left.step(
         [number - 0.5 for number in numbers] + [numbers[-1] + 0.5],
         [count / size for count in [*dense, dense[-1]]],
         where="post",
-        label="without compression",
+        label="both, without compression",
         color="C7",
     )
     left.set_yscale("log")
     left.set_xlabel("round")
-    left.set_ylabel(f"uplink of all clients in the round, {unit}")
-    left.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12), frameon=False)
+    left.set_ylabel(f"bytes of all clients in the round, {unit}")
+    left.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.12), frameon=False)
     reached, total = [], 0
-    for number, count in zip(numbers, uplink, strict=True):
+    for number, count in zip(numbers, both, strict=True):
         total += count
         value = _value(rounds[number], accuracy)
         if value is not None:
             reached.append((total, value))
     size, unit = byte_unit(total)
     right.plot([sent / size for sent, _ in reached], [value for _, value in reached], "o-", ms=3)
-    right.set_xlabel(f"uplink so far, {unit}")
+    right.set_xlabel(f"bytes so far, up and down, {unit}")
     right.set_ylabel(accuracy)
     if reached and all(0 <= value <= 1 for _, value in reached):
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
     if not reached:
         right.text(0.5, 0.5, f"no metric {accuracy!r}", ha="center", transform=right.transAxes)
-    share = sum(uplink) / sum(dense)
+    share = sum(both) / sum(dense)
     figure.suptitle(f"{len(numbers)} rounds, {share:.2%} of the bytes without compression")
     figure.savefig(path, dpi=130)
+
+
+def _downlink(round_: Mapping[str, Any], name: str) -> int:
+    """Return the bytes of a round's train and evaluate messages to clients."""
+    return sum(int((round_.get(stage) or {}).get(name, 0)) for stage in ("train", "evaluate"))
 
 
 def _value(round_: Mapping[str, Any], name: str) -> float | None:

@@ -42,6 +42,7 @@ __all__ = [
     "compressible",
     "default_parts",
     "matching",
+    "native",
     "tensor_of",
     "updates",
 ]
@@ -158,7 +159,7 @@ class Reply:
                 DTYPES.index(part.dtype) | (EXACT if part.exact else 0)
                 for part in self.parts.values()
             )
-        exact = [_native(self.exact[name]).tobytes() for name in self.parts if name in self.exact]
+        exact = [native(self.exact[name]).tobytes() for name in self.parts if name in self.exact]
         message = b"" if self.message is None else self.message.numpy().tobytes()
         data = b"".join([bytes([VERSION, bool(table)]), table, *exact, message])
         return Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
@@ -224,15 +225,16 @@ def tensor_of(array: NDArray, dtype: str) -> Tensor:
         return torch.from_numpy(np.array(array, dtype=dtype))
 
 
+def native(array: NDArray) -> NDArray:
+    """Return an array in the order of elements and bytes in which it travels."""
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+
+
 def _part(name: str, array: NDArray, excluded: frozenset[str]) -> Part:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         raise ValueError(f"the array {name!r} is {dtype}, and only {', '.join(DTYPES)} can be sent")
     return Part(tuple(array.shape), dtype, dtype not in COMPRESSED or name in excluded)
-
-
-def _native(array: NDArray) -> NDArray:
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
 
 
 def _read_table(

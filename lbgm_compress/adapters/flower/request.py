@@ -4,7 +4,7 @@ A request is one value of type bytes in a ConfigRecord of the message: a JSON ob
 and the digest of the state that the server holds of the client (`lbgm_compress.Receiver.digest`;
 empty if it holds none). The object has these keys:
 
-- ``version``: 1
+- ``version``: 1; 2 if one of the last three keys is there, which older clients must not ignore
 - ``compressor``: the expression that builds the compressor (its repr)
 - ``exclude``: a list of patterns for names of arrays
 - ``training``: an identifier of the training, which a restored server keeps
@@ -13,8 +13,14 @@ empty if it holds none). The object has these keys:
 - ``applied``: a number below ``round``. No reply of the client in a round after it went into the
   model. The client keeps its residual as it is for that round and those before it.
 
-The last two are not there if the client is asked more than once in the round, or by a release that
-does not know them. Older clients ignore them.
+- ``residual``: ``"memory"`` or ``"model"``
+- ``downlink``: the expression that builds the compressor of the downlink; null if the message has
+  the model's arrays as they are
+- ``first``: the precision in which a whole model travels
+
+``round`` and ``applied`` are not there if the client is asked more than once in the round, or by a
+release that does not know them. Older clients ignore them. With a downlink, an evaluate message has
+a request too.
 """
 
 from __future__ import annotations
@@ -27,13 +33,17 @@ from typing import Any
 
 from lbgm_compress.compressor import Compressor
 from lbgm_compress.compressors.parse import BUILT_IN, LONGEST, parse_compressor
+from lbgm_compress.endpoints.downlink import PRECISIONS
 
-__all__ = ["ADDED", "KEY", "Request", "check_expression"]
+__all__ = ["ADDED", "KEY", "RESIDUALS", "Request", "check_expression"]
 
 KEY = "lbgm_compress"
 # The key of a request in a ConfigRecord that was added for the request alone.
 ADDED = "lbgm_compress.added"
 VERSION = 1
+# The version of a request that says how the model travels, and what becomes of the residual.
+BOTH_WAYS = 2
+RESIDUALS = "memory", "model"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,9 @@ class Request:
     digest: bytes
     round: int | None = None
     applied: int = 0
+    residual: str = "memory"
+    downlink: Compressor | None = None
+    first: str = "float32"
 
     def pack(self) -> bytes:
         """Return the bytes that travel."""
@@ -57,6 +70,10 @@ class Request:
             "training": self.training,
             "layout": self.layout.hex(),
         }
+        if self.downlink is not None or self.residual != "memory":
+            downlink = None if self.downlink is None else repr(self.downlink)
+            head["version"] = BOTH_WAYS
+            head |= {"residual": self.residual, "downlink": downlink, "first": self.first}
         if self.round is not None:
             head["round"], head["applied"] = self.round, self.applied
         return json.dumps(head).encode() + b"\0" + self.digest
@@ -87,12 +104,19 @@ class Request:
             layout = bytes.fromhex(head["layout"])
             expression, exclude = str(head["compressor"]), tuple(map(str, head["exclude"]))
             round_, applied = head.get("round"), head.get("applied", 0)
+            residual, downlink, first = "memory", None, "float32"
+            if version == BOTH_WAYS:
+                residual, downlink, first = head["residual"], head["downlink"], head["first"]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the request cannot be read: {error!r}") from None
-        if version != VERSION:
+        if version not in (VERSION, BOTH_WAYS):
             raise ValueError(
-                f"the server's request has version {version}, this client reads version {VERSION}: "
-                "use the same release of lbgm_compress at both ends"
+                f"the server's request has version {version}, this client reads versions "
+                f"{VERSION} and {BOTH_WAYS}: use the same release of lbgm_compress at both ends"
+            )
+        if residual not in RESIDUALS or first not in PRECISIONS:
+            raise ValueError(
+                f"the request cannot be read: its residual is {residual!r}, and first {first!r}"
             )
         if round_ is not None and not (
             type(round_) is type(applied) is int and 0 <= applied < round_ < 2**63
@@ -100,17 +124,12 @@ class Request:
             raise ValueError(
                 f"the request cannot be read: its round is {round_!r}, after {applied!r}"
             )
-        try:
-            compressor = parse_compressor(expression, compressors)
-        except ValueError as error:
-            if names := _unknown_classes(expression, compressors):
-                raise ValueError(
-                    f"the server's compressor is {expression}, and this client does not know "
-                    f"{names}: use CompressionMod(compressors=[{names}])"
-                ) from None
-            raise ValueError(f"the server's compressor cannot be built: {error}") from None
+        compressor = _built(expression, compressors)
         known = (None, 0) if round_ is None else (round_, applied)
-        return Request(compressor, exclude, training, layout, digest, *known)
+        down = None if downlink is None else _built(str(downlink), compressors)
+        return Request(
+            *(compressor, exclude, training, layout, digest, *known, residual, down, first)
+        )
 
 
 def check_expression(compressor: Compressor, compressors: Sequence[type]) -> None:
@@ -148,6 +167,19 @@ def check_expression(compressor: Compressor, compressors: Sequence[type]) -> Non
             f"builds {read!r}, which is not equal to it; pass the compressor's own classes as "
             "compressors=[...] to CompressedStrategy and to the clients' CompressionMod"
         )
+
+
+def _built(expression: str, compressors: Sequence[type]) -> Compressor:
+    try:
+        compressor: Compressor = parse_compressor(expression, compressors)
+    except ValueError as error:
+        if names := _unknown_classes(expression, compressors):
+            raise ValueError(
+                f"the server's compressor is {expression}, and this client does not know "
+                f"{names}: use CompressionMod(compressors=[{names}])"
+            ) from None
+        raise ValueError(f"the server's compressor cannot be built: {error}") from None
+    return compressor
 
 
 def _unknown_classes(expression: str, compressors: Sequence[type]) -> str:

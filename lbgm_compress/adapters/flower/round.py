@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message
 
 from lbgm_compress.adapters.flower.reply import NDArray, Part, default_parts, matching
 
-__all__ = ["Asked", "Received", "Sent", "TrainRound"]
+__all__ = ["Asked", "Received", "Sent", "Round"]
 
 
 class Asked(NamedTuple):
@@ -48,8 +48,8 @@ class Received:
         return self.rejection is None and not self.message.has_error()
 
 
-class TrainRound:
-    """The train messages of one round.
+class Round:
+    """The train or evaluate messages of one round.
 
     Parameters
     ----------
@@ -81,6 +81,27 @@ class TrainRound:
         self.sent(record)
         self._asked.setdefault(message.metadata.dst_node_id, []).append(Asked(message, key, record))
 
+    def messages(self) -> list[Asked]:
+        """Return all messages that have been added."""
+        return [asked for of_client in self._asked.values() for asked in of_client]
+
+    def all_sent(self) -> Sent | None:
+        """Return the arrays of all messages; None if there are no messages.
+
+        Raises
+        ------
+        ValueError
+            If the arrays are not the same in all messages.
+        """
+        records = {id(asked.record): asked.record for asked in self.messages()}
+        found = [self.sent(record) for record in records.values()]
+        if any(not _equal(found[0].arrays, other.arrays) for other in found[1:]):
+            raise ValueError(
+                "downlink sends one model to all clients, and the inner strategy sends several in "
+                "one round: leave downlink out"
+            )
+        return found[0] if found else None
+
     def asked_once(self, node: int) -> bool:
         """Return whether a client has been sent exactly one message."""
         return len(self._asked.get(node, ())) == 1
@@ -108,3 +129,12 @@ class TrainRound:
             excluded = matching(arrays, self.exclude)
             self._sent[id(record)] = Sent(arrays, default_parts(arrays, excluded), excluded)
         return self._sent[id(record)]
+
+
+def _equal(one: Mapping[str, NDArray], other: Mapping[str, NDArray]) -> bool:
+    """Return whether two records have the same names in the same order, and the same bits."""
+    return list(one) == list(other) and all(
+        (one[n].shape, one[n].dtype) == (other[n].shape, other[n].dtype)
+        and one[n].tobytes() == other[n].tobytes()
+        for n in one
+    )

@@ -1,4 +1,4 @@
-"""Statistics of clients' replies."""
+"""Statistics of a round's messages and replies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Statistics"]
 
 @dataclass
 class Statistics:
-    """Counts and sizes of the replies of a round, or of several."""
+    """Counts and sizes of the messages and replies of a round, or of several."""
 
     replies: int = 0
     failed: int = 0
@@ -26,6 +26,10 @@ class Statistics:
     """Tensors sent as look-back coefficients alone."""
     tensors: int = 0
     """Tensors sent as compressed updates."""
+    downlink: int = 0
+    """Bytes of all messages to clients: arrays, as they travel, and requests."""
+    downlink_dense: int = 0
+    """Bytes of the arrays of these messages without compression."""
 
     @property
     def recycled_share(self) -> float:
@@ -44,8 +48,20 @@ class Statistics:
             "dense-bytes": self.dense,
             "recycled-share": self.recycled_share,
             "rejected-replies": self.rejected,
+            **self.downlink_metrics(),
         }
 
-    def __str__(self) -> str:
-        share = f", {self.uplink / self.dense:.2%} of dense" if self.dense else ""
-        return f"{human_bytes(self.uplink)}{share}"
+    def downlink_metrics(self) -> dict[str, int | float]:
+        """Return the entries that are about the messages to clients."""
+        return {"downlink-bytes": self.downlink, "downlink-dense-bytes": self.downlink_dense}
+
+    def directions(self) -> dict[str, str]:
+        """Return the size of what went up, down and both ways, and its share of dense."""
+        up, down = (self.uplink, self.dense), (self.downlink, self.downlink_dense)
+        both = up[0] + down[0], up[1] + down[1]
+        found = {"Uplink": up, "Downlink": down, "Both": both}
+        return {name: _share(*sizes) for name, sizes in found.items()}
+
+
+def _share(sent: int, dense: int) -> str:
+    return human_bytes(sent) + (f", {sent / dense:.2%} of dense" if dense else "")

@@ -17,17 +17,27 @@ from flwr.serverapp.strategy import Result, Strategy
 from lbgm_compress._util.units import human_bytes
 from lbgm_compress.adapters.flower.archive import unpack_state, write_state
 from lbgm_compress.adapters.flower.client_states import ClientStates
+from lbgm_compress.adapters.flower.downlink import Downlink
 from lbgm_compress.adapters.flower.log import RoundLog
-from lbgm_compress.adapters.flower.request import ADDED, KEY, Request, check_expression
-from lbgm_compress.adapters.flower.round import Received, TrainRound
+from lbgm_compress.adapters.flower.request import (
+    ADDED,
+    KEY,
+    RESIDUALS,
+    Request,
+    check_expression,
+)
+from lbgm_compress.adapters.flower.round import Received, Round
 from lbgm_compress.adapters.flower.screening import Screening
 from lbgm_compress.adapters.flower.statistics import Statistics
 from lbgm_compress.adapters.flower.uplink import Uplink
 from lbgm_compress.compressor import Compressor, check_compressor
+from lbgm_compress.compressors.error_feedback import ErrorFeedback
 
 __all__ = ["CompressedStrategy"]
 
 FORMAT = 1
+# The key of the downlink in a saved state.
+DOWNLINK = "downlink"
 logger = logging.getLogger("flwr")
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -58,14 +68,25 @@ class CompressedStrategy(Strategy):
     message that their reply was thrown away, rejected or lost, and add what it carried to their
     residual. A strategy that keeps replies for a later round must therefore not return None.
 
-    The aggregated MetricRecord of a round gets four more entries. Three are about the replies that
+    With a `downlink`, the server keeps w, the model that its clients hold, beside x, the model that
+    the inner strategy aggregates. One message for all clients carries a compressed x - w and moves
+    w; what it loses comes with the next message. Clients train from w.
+    The inner strategy gets x plus each client's update, so that nothing is lost from x. A client
+    confirms with its reply which version of w it holds, and is sent the messages that it lacks, or
+    the whole of w where that is shorter. A client that cannot rebuild w replies with an error, and
+    is sent the whole of w the next time.
+
+    The aggregated MetricRecord of a round gets six more entries. Three are about the replies that
     were decoded:
 
     - ``uplink-bytes``: their size, without Flower's own envelopes;
     - ``dense-bytes``: the size of their arrays without compression;
     - ``recycled-share``: the share of tensors that were sent as look-back coefficients alone.
 
-    ``rejected-replies`` is the number of replies that were rejected.
+    ``rejected-replies`` is the number of replies that were rejected. ``downlink-bytes`` is the size
+    of the arrays in the messages to clients, as they travel, with the request in each, and
+    ``downlink-dense-bytes`` that of the arrays without compression. With a `downlink`, the metrics
+    of an evaluation get the last two as well.
 
     Parameters
     ----------
@@ -90,6 +111,22 @@ class CompressedStrategy(Strategy):
     log_file
         A file to append one line of JSON to for each round: bytes, recycled share, replies, memory,
         and the metrics of training and evaluation. Its folder is made if it does not exist.
+    downlink
+        The compressor of the model on its way to clients, in train and evaluate messages, for
+        example ``LookBackSubspace(4, values="int4")``. It needs no error feedback. Arrays that
+        `exclude` names, and those of other dtypes, are sent as they are. None sends the model as
+        the inner strategy does.
+    first
+        The precision in which a whole model travels, "float32" (its own) or "float16". With
+        float16, the next message carries what rounding lost.
+    history
+        The largest number of bytes of messages to keep for clients that missed some. More than the
+        size of a whole model is never kept. None is no other limit.
+    residual
+        Where clients keep what their messages have lost. With "memory", the app trains from the
+        model that the server sent, and error feedback adds the residual to the update. With
+        "model", the app trains from that model plus the residual, and the difference of its new
+        parameters and the server's model is what is compressed. It takes the same memory.
 
     Raises
     ------
@@ -98,7 +135,8 @@ class CompressedStrategy(Strategy):
     ValueError
         If a bound is negative; if the compressor does more to an average than the inner strategy
         would (``SignSGD(vote=True)``); or if a client could not build the compressor from its
-        expression.
+        expression; if `downlink` keeps a residual; if `first` or `residual` is neither of its two
+        values, or ``residual="model"`` without an `ErrorFeedback` of decay 1 around all else.
     """
 
     def __init__(
@@ -111,6 +149,10 @@ class CompressedStrategy(Strategy):
         keep_rounds: int | None = 100,
         memory_limit: int | None = None,
         log_file: str | os.PathLike[str] | None = None,
+        downlink: Compressor | None = None,
+        first: str = "float32",
+        history: int | None = None,
+        residual: str = "memory",
     ) -> None:
         if isinstance(strategy, CompressedStrategy):
             raise TypeError(
@@ -142,8 +184,22 @@ class CompressedStrategy(Strategy):
                 raise TypeError(f"{name} must be a whole number or None, not {bound!r}")
             if bound is not None and bound < 0:
                 raise ValueError(f"{name} must be 0 or more, not {bound}")
+        if residual not in RESIDUALS:
+            raise ValueError(f"residual must be 'memory' or 'model', not {residual!r}")
+        if residual == "model" and not (
+            isinstance(compressor, ErrorFeedback) and compressor.decay == 1
+        ):
+            raise ValueError(
+                f"residual='model' needs ErrorFeedback(...) with a decay of 1 around all of the "
+                f"compressor, which is {compressor!r}"
+            )
+        if downlink is not None:
+            check_compressor(downlink)
+            check_expression(downlink, compressors)
         self.strategy = strategy
         self.compressor = compressor
+        self.downlink, self.first, self.history = downlink, first, history
+        self.residual = residual
         self.exclude = tuple(exclude)
         self.compressors = tuple(compressors)
         self.training = secrets.token_hex(16)
@@ -151,7 +207,11 @@ class CompressedStrategy(Strategy):
         self._states = ClientStates(compressor, keep_rounds, memory_limit)
         self._uplink = Uplink(self._states)
         self._screening = Screening()
-        self._round = TrainRound(self.exclude)
+        self._downlink = self._new_downlink()
+        self._round = Round(self.exclude)
+        self._evaluation = Round(self.exclude)
+        # Of the round's messages to clients.
+        self._sent, self._sent_to_evaluate = Statistics(), Statistics()
         self._log = RoundLog(log_file)
         self.log_file = self._log.path
 
@@ -163,12 +223,11 @@ class CompressedStrategy(Strategy):
         """Let the inner strategy configure the round, and add a request to each message."""
         self._log.write_line()
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._round = TrainRound(self.exclude)
+        self._round = Round(self.exclude)
         self._states.rounds += 1
         for message in messages:
             self._round.add(message)
-        for message in messages:
-            message.content = self._with_request(message.content, message.metadata.dst_node_id)
+        self._sent = self._prepare(self._round)
         return messages
 
     def aggregate_train(
@@ -180,12 +239,21 @@ class CompressedStrategy(Strategy):
         the next train message.
         """
         received = [self._round.receive(reply) for reply in replies]
+        claims = self._confirm(received)
         self._screening.check_metrics(received, self.strategy, "train")
         statistics = self._uplink.decode(self._round, received)
+        statistics.uplink += claims
+        statistics.add(self._sent)
         dense = [_verdict(reply) for reply in received]
         self._states.end_round()
+        if self._downlink is not None:
+            keep, most = self._states.keep_rounds, self._states.memory_limit
+            room = None if most is None else most - self._states.nbytes()
+            self._downlink.end_round(self._states.rounds, keep, room)
         self.totals.add(statistics)
-        logger.info("compression: %s; held of %d clients: %s", statistics, *self._held_now())
+        sizes = statistics.directions().items()
+        sent = "; ".join(f"{name.lower()} {size}" for name, size in sizes)
+        logger.info("compression: %s; held of %d clients: %s", sent, *self._held_now())
         arrays, metrics = self.strategy.aggregate_train(server_round, dense)
         if arrays is not None:
             self._states.set_applied(
@@ -206,27 +274,44 @@ class CompressedStrategy(Strategy):
                 "failed-replies": statistics.failed,
                 **statistics.metrics(),
                 "held-clients": len(self._states),
-                "held-bytes": self._states.nbytes(),
+                "held-bytes": self.held_bytes(),
             },
             metrics,
         )
-        self._round = TrainRound(self.exclude)
+        self._round, self._sent = Round(self.exclude), Statistics()
         return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the inner strategy's messages."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        """Return the inner strategy's messages; with a downlink, its updates in them."""
+        messages = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+        self._evaluation = Round(self.exclude)
+        if self._downlink is None:
+            size = sum(map(_size, messages))
+            self._sent_to_evaluate = Statistics(downlink=size, downlink_dense=size)
+            return messages
+        for message in messages:
+            self._evaluation.add(message)
+        self._sent_to_evaluate = self._prepare(self._evaluation)
+        return messages
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Let the inner strategy aggregate the replies that are not rejected."""
-        received = [Received(reply) for reply in replies]
+        received = [self._evaluation.receive(reply) for reply in replies]
+        sent, self._sent_to_evaluate = self._sent_to_evaluate, Statistics()
+        sent.uplink = self._confirm(received)
         self._screening.check_metrics(received, self.strategy, "evaluate")
         accepted = [_verdict(reply) for reply in received]
         metrics = self.strategy.aggregate_evaluate(server_round, accepted)
+        self.totals.add(sent)
+        if self._downlink is not None and received:
+            metrics = MetricRecord() if metrics is None else metrics
+            for name, value in sent.downlink_metrics().items():
+                metrics[name] = value
+        self._evaluation = Round(self.exclude)
         self._log.add_evaluation(metrics)
         return metrics
 
@@ -238,6 +323,12 @@ class CompressedStrategy(Strategy):
         rounds, most = self._states.keep_rounds, self._states.memory_limit
         keep = "for good" if rounds is None else f"for {rounds} rounds"
         limit = "no limit" if most is None else f"at most {human_bytes(most)}"
+        if self.downlink is not None:
+            kept = "no limit" if self.history is None else f"at most {human_bytes(self.history)}"
+            logger.info("\t│\t├── Downlink: %r", self.downlink)
+            logger.info("\t│\t├── The first model: %s; missed messages: %s", self.first, kept)
+        if self.residual == "model":
+            logger.info("\t│\t├── Residual: in the client's model")
         last = "├" if self.totals.replies else "└"
         logger.info("\t│\t%s── Held of a client: %s, %s", last, keep, limit)
         if self.totals.replies:
@@ -284,7 +375,8 @@ class CompressedStrategy(Strategy):
 
     def held_bytes(self) -> int:
         """Return the number of bytes held of all clients together."""
-        return self._states.nbytes()
+        versions = 0 if self._downlink is None else self._downlink.nbytes()
+        return self._states.nbytes() + versions
 
     def held_clients(self) -> list[int]:
         """Return the ids of the clients whose states are held, the least recently seen first."""
@@ -298,7 +390,8 @@ class CompressedStrategy(Strategy):
         inner strategy, such as a momentum. Save the parameters of the same round with it: clients
         give back a last message that the state does not know as applied.
         """
-        return {"format": FORMAT, "training": self.training, **self._states.state_dict()}
+        state = {"format": FORMAT, "training": self.training, **self._states.state_dict()}
+        return state if self._downlink is None else {**state, DOWNLINK: self._downlink.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a dict that `state_dict` returned, so that clients may go on to recycle.
@@ -314,12 +407,15 @@ class CompressedStrategy(Strategy):
                     f"the state has format {state['format']}, this release reads {FORMAT}"
                 )
             training = str(state["training"])
+            downlink = self._new_downlink()
+            if downlink is not None and DOWNLINK in state:
+                downlink.load_state_dict(state[DOWNLINK])
             self._states.load_state_dict(state)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"this is not a state that CompressedStrategy.state_dict returned: {error!r}"
             ) from None
-        self.training = training
+        self.training, self._downlink = training, downlink
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file of safetensors, in one step if the file exists already."""
@@ -339,30 +435,57 @@ class CompressedStrategy(Strategy):
 
     # --- internal ---------------------------------------------------------------------------------
 
-    def _with_request(self, content: RecordDict, node: int) -> RecordDict:
-        """Return a copy of a message's content for one client, with the request in it."""
+    def _new_downlink(self) -> Downlink | None:
+        if self.downlink is None:
+            return None
+        return Downlink(self.downlink, self.first, self.history)
+
+    def _prepare(self, round_: Round) -> Statistics:
+        """Add requests to the messages of a round, and compress the model in them."""
+        statistics = Statistics()
+        if self._downlink is not None and (all_sent := round_.all_sent()):
+            self._downlink.publish(all_sent)
+        for asked in round_.messages():
+            message, node = asked.message, asked.message.metadata.dst_node_id
+            sent = round_.sent(asked.record)
+            dense = sum(part.nbytes for part in sent.parts.values())
+            size = dense
+            content = message.content
+            if self._downlink is not None:
+                array = self._downlink.array(node)
+                content = RecordDict({**content, asked.key: ArrayRecord({KEY: array})})
+                size = len(array.data)
+            request = self._request(node, round_)
+            message.content = _with_request(content, request)
+            statistics.downlink += size + len(request)
+            statistics.downlink_dense += dense
+        if self._downlink is not None:
+            self._downlink.free()
+        return statistics
+
+    def _confirm(self, received: Sequence[Received]) -> int:
+        if self._downlink is None:
+            return 0
+        return self._downlink.confirm(received, self._states.rounds)
+
+    def _request(self, node: int, round_: Round) -> bytes:
+        """Return the request for one client."""
+        settings = self.compressor, self.exclude, self.training
+        downlink = self.residual, self.downlink, self.first
+        if round_ is self._evaluation:
+            return Request(*settings, b"", b"", None, 0, *downlink).pack()
         layout, digest = self._states.digest(node)
-        number = self._states.rounds if self._round.asked_once(node) else None
-        request = Request(
-            *(self.compressor, self.exclude, self.training, layout, digest),
-            *(number, self._states.applied(node)),
-        ).pack()
-        configs = content.config_records
-        if configs:
-            # Mods of differential privacy need exactly one ConfigRecord.
-            key, config = next(iter(configs.items()))
-            return RecordDict({**content, key: ConfigRecord({**config, KEY: request})})
-        key = ADDED
-        while key in content:
-            key += "."
-        return RecordDict({**content, key: ConfigRecord({ADDED: request})})
+        number = self._states.rounds if round_.asked_once(node) else None
+        applied = self._states.applied(node)
+        return Request(*settings, layout, digest, number, applied, *downlink).pack()
 
     def _held_now(self) -> tuple[int, str]:
         return len(self._states), human_bytes(self._states.nbytes())
 
     def _log_totals(self, indent: str) -> None:
         totals = self.totals
-        logger.info("%s├── Uplink: %s", indent, totals)
+        for name, size in totals.directions().items():
+            logger.info("%s├── %s: %s", indent, name, size)
         logger.info("%s├── Recycled: %.1f %% of the tensors", indent, 100 * totals.recycled_share)
         logger.info(
             "%s├── Replies: %d, failed %d, rejected %d",
@@ -377,6 +500,25 @@ def _compresses_inside(strategy: Any) -> bool:
     return inner is not None and (
         isinstance(inner, CompressedStrategy) or _compresses_inside(inner)
     )
+
+
+def _with_request(content: RecordDict, request: bytes) -> RecordDict:
+    """Return a copy of a message's content with a request in it."""
+    configs = content.config_records
+    if configs:
+        # Mods of differential privacy need exactly one ConfigRecord.
+        key, config = next(iter(configs.items()))
+        return RecordDict({**content, key: ConfigRecord({**config, KEY: request})})
+    key = ADDED
+    while key in content:
+        key += "."
+    return RecordDict({**content, key: ConfigRecord({ADDED: request})})
+
+
+def _size(message: Message) -> int:
+    """Return the size of a message's arrays in bytes."""
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def _verdict(received: Received) -> Message:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lbgm_compress.adapters.flower.client_states import ClientStates
 from lbgm_compress.adapters.flower.reply import NDArray, Part, Reply, compressible, tensor_of
 from lbgm_compress.adapters.flower.request import KEY
-from lbgm_compress.adapters.flower.round import Asked, Received, TrainRound
+from lbgm_compress.adapters.flower.round import Asked, Received, Round
 from lbgm_compress.adapters.flower.screening import majority
 from lbgm_compress.adapters.flower.statistics import Statistics
 from lbgm_compress.wire.errors import PayloadError
@@ -36,7 +36,7 @@ class Uplink:
         # The dtypes of most replies of the last round, which decide where as many replies differ.
         self._dtypes: Dtypes | None = None
 
-    def decode(self, round_: TrainRound, replies: Sequence[Received]) -> Statistics:
+    def decode(self, round_: Round, replies: Sequence[Received]) -> Statistics:
         """Decode the accepted replies of a round, in place.
 
         Arrays come in the dtypes that most replies have. A reply that cannot be decoded, or brings
@@ -60,7 +60,7 @@ class Uplink:
         return statistics
 
     def _unpack(
-        self, round_: TrainRound, replies: Sequence[Received]
+        self, round_: Round, replies: Sequence[Received]
     ) -> list[tuple[Received, Asked, Reply]]:
         """Take accepted replies apart, and reject those that are malformed."""
         answers = Counter(
@@ -83,7 +83,7 @@ class Uplink:
         return unpacked
 
     def _choose_dtypes(
-        self, round_: TrainRound, unpacked: Sequence[tuple[Received, Asked, Reply]]
+        self, round_: Round, unpacked: Sequence[tuple[Received, Asked, Reply]]
     ) -> dict[str, str]:
         """Return the dtype of each array in most replies."""
         if not unpacked:
@@ -97,7 +97,7 @@ class Uplink:
 
     def _decode(
         self,
-        round_: TrainRound,
+        round_: Round,
         asked: Asked,
         received: Received,
         reply: Reply,
