@@ -23,6 +23,8 @@ __all__ = ["BodyLength", "Pending", "ProcessGroupTransport", "Transport", "gathe
 
 # Large enough to fill a link, small enough to keep all links of a ring busy.
 CHUNK = 256 * 1024
+# The largest sum in bytes that is made in few turns. Larger ones are made with few bytes, on a ring.
+SMALL = 16 * 1024
 # Tag of data of equal sizes; the chunks of a ring have the tags that follow.
 EQUAL = 0
 
@@ -174,6 +176,7 @@ class ProcessGroupTransport(Transport):
     On the CPU, data of equal sizes goes straight from each rank to each, and data of unequal sizes
     round a ring in chunks: a rank passes on the beginning of a part while its end is still on the
     way, so that one large part takes about its own time on one link, whatever the number of ranks.
+    Small sums are made in log2(K) turns, since gloo's ring of 2 (K - 1) turns waits too long.
     On GPUs both are all-gathers, of parts that are padded to the largest; gloo, which has none for
     tensors of a GPU, moves copies in the memory of the host.
 
@@ -274,11 +277,50 @@ class ProcessGroupTransport(Transport):
     def all_reduce(self, data: Tensor) -> Tensor:
         if self._on_host and data.device.type != "cpu":
             return self.all_reduce(data.cpu()).to(data.device)
+        if data.device.type == "cpu" and data.numel() * data.element_size() <= SMALL:
+            return self._double(data)
         dist.all_reduce(data, group=self.group)
         if data.device.type == "cpu":
             # Kept until the next sum, so that no thread of gloo lets go of it last: see `_swap`.
             self._reduced = data
         return data
+
+
+    def _double(self, data: Tensor) -> Tensor:
+        """Add up data of all ranks by recursive doubling.
+
+        Of K ranks, each swaps sums with log2(K) others in turn, where a ring, as gloo's, takes
+        2 (K - 1) turns. Where K is no power of two, ranks beyond the largest one leave their data
+        to others. A sum of two ranks has the same bits on both.
+        """
+        turns = self.size.bit_length() - 1
+        count = 1 << turns
+        if self.rank >= count:
+            self._swap_with(self.rank - count, data, None)
+            self._swap_with(self.rank - count, None, data)
+            return data
+        other = torch.empty_like(data)
+        partner = self.rank + count
+        if partner < self.size:
+            self._swap_with(partner, None, other)
+            data += other
+        for turn in range(turns):
+            self._swap_with(self.rank ^ (1 << turn), data, other)
+            data += other
+        if partner < self.size:
+            self._swap_with(partner, data, None)
+        return data
+
+    def _swap_with(self, rank: int, data: Tensor | None, into: Tensor | None) -> None:
+        """Send data to a rank, and fill `into` with what it sends."""
+        works = []
+        if into is not None:
+            works.append(dist.irecv(into, self._global[rank], self.group, EQUAL))
+        if data is not None:
+            works.append(dist.isend(data, self._global[rank], self.group, EQUAL))
+        for work in works:
+            assert work is not None
+            work.wait()
 
 
 def gather_texts(transport: Transport, text: str, device: torch.device) -> list[str]:
