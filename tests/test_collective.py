@@ -54,7 +54,7 @@ def on_process_group(rank, world, function):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 def test_process_groups_keep_the_laws_of_transports(world):
     check_transport(lambda law: run_ranks(on_process_group, world, world, law, timeout=100))
 
