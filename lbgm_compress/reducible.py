@@ -58,7 +58,7 @@ __all__ = [
     "Total",
 ]
 
-PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+PRECISIONS = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 
 
 class Term(NamedTuple):

@@ -28,6 +28,7 @@ ALGORITHMS = [
     ErrorFeedback(SharedSubspace(2, refresh_every=2)),
     ErrorFeedback(PowerSGD(2)),
     SharedLBGM(0.5),
+    ErrorFeedback(SharedSubspace(2, refresh_every=2, values="int8")),
 ]
 # In float64, in which engines differ by little.
 EXACT = [

@@ -3,19 +3,15 @@
 The generators of all gradients run side by side. What they yield at one time is laid end to end,
 weighted with the rank's share, and summed by one all-reduce.
 
-A sum in float16 has 11 bits of precision, and holds numbers up to 65,504. So the numbers of each
-tensor are multiplied by a power of two that brings the largest number of the last average near
-2^8: an average may be 256 times as large as the last one, and what is more than 2^22 times smaller
-than its largest number is rounded away. An average that is larger, or smaller by far than the last
-one, is summed again in float32, by all ranks alike. One that is zero everywhere counts as that of a
-parameter which is not in use. Before a first average that is not, each round multiplies by 2^16
-more, so that very small numbers are found.
+Scales of sums in few bits follow the averages (`lbgm_compress.collective.sums`). An average that is
+out of range, or smaller by far than the last one, is summed again in float32, by all ranks alike.
+One that is zero everywhere counts as that of a parameter which is not in use. Before a first
+average that is not, each round multiplies by 2^16 more, so that very small numbers are found.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +23,7 @@ from lbgm_compress.algorithm import Algorithm
 from lbgm_compress.collective.average import Average, RanksDiffer, sum_dtype
 from lbgm_compress.collective.ends import Ends
 from lbgm_compress.collective.parameters import zeros_of
+from lbgm_compress.collective.sums import MOST_RANKS, SUMS, TARGET, Sum
 from lbgm_compress.collective.transport import Pending, Transport
 from lbgm_compress.decoded import Decoded, Zero
 from lbgm_compress.endpoints.contributor import Contributor
@@ -36,14 +33,10 @@ __all__ = ["Summed"]
 
 # Exponent of the scale of a first sum in float16: numbers from 1e-9 to 1 are in its range.
 START = 16
-# Exponent of the largest number of an average, scaled for float16.
-TARGET = 8
 # Exponent by which a scale grows where the average was zero.
 STEP = 16
 # Added to an exponent before the first average that is not zero.
 SEARCH = 1000
-# A scaled average whose largest number is smaller is summed again.
-SMALLEST = 2.0**-8
 LIMIT = 100
 
 
@@ -69,16 +62,16 @@ class Summed(Ends):
     ) -> Average:
         # At the front of the first sum: how many ranks failed, the sum of their ranks, and how many
         # ask to compare states.
-        def begin(generators: Mapping[str, Sums], notice: list[float]) -> SummedAverage:
+        def begin(end: Contributor, generators: Mapping[str, Sums], notice: list[float]) -> Average:
             share = shares[self.transport.rank]
-            sums = Rounds(self.transport, self.sender, generators, share, notice)
+            sums = Rounds(self.transport, end, generators, share, notice, loss_scale)
             return SummedAverage(sums, self, grads, loss_scale, fail, spoil)
 
         if differs:
-            return begin(self._nothing(grads), [0.0, 0.0, 1.0])
+            return begin(*self._nothing(grads), [0.0, 0.0, 1.0])
         self._common = None
         try:
-            return begin(self.sender.begin(grads, loss_scale), [0.0, 0.0, 0.0])
+            return begin(self.sender, self.sender.begin(grads, loss_scale), [0.0, 0.0, 0.0])
         except Exception:
             # The other ranks wait for a sum.
             self.announce_failure(grads)
@@ -87,12 +80,13 @@ class Summed(Ends):
     def announce_failure(self, grads: Mapping[str, Tensor]) -> None:
         failed = [1.0, float(self.transport.rank), 0.0]
         with contextlib.suppress(Exception):
-            Rounds(self.transport, self.sender, self._nothing(grads), 1.0, failed).finish()
+            Rounds(self.transport, *self._nothing(grads), 1.0, failed).finish()
 
-    def _nothing(self, grads: Mapping[str, Tensor]) -> dict[str, Sums]:
+    def _nothing(self, grads: Mapping[str, Tensor]) -> tuple[Contributor, dict[str, Sums]]:
         """Return generators of zeros, whose first terms have the sizes of those of other ranks."""
         zeros = {name: self._likes[name] for name in grads}
-        return (self._common or self.sender.copy()).begin(zeros)
+        end = self._common or self.sender.copy()
+        return end, end.begin(zeros)
 
     def _change(self) -> None:
         """Keep what all ranks have, before this one changes what it has.
@@ -158,6 +152,7 @@ class Rounds:
         generators: Mapping[str, Sums],
         share: float,
         notice: Sequence[float] = (),
+        loss_scale: float = 1.0,
     ) -> None:
         self._transport = transport
         self._generators = dict(generators)
@@ -166,7 +161,10 @@ class Rounds:
         self._notice = notice
         self._phase = 0
         self._again = False
-        self.exponents = {name: contributor.exponents(name) for name in generators}
+        self.exponents = {
+            name: _shifted(contributor.exponents(name), contributor.rescaling(name, loss_scale))
+            for name in generators
+        }
         self._sums: list[Sum] = []
         self.bytes = 0
         self.sizes = dict.fromkeys(generators, 0)
@@ -259,22 +257,32 @@ class Rounds:
     def _post(self, terms: Mapping[str, Term]) -> None:
         groups: dict[torch.dtype, dict[str, Term]] = {}
         for name, term in terms.items():
-            half = PRECISIONS[term.values] == torch.float16
-            dtype = torch.float16 if half else term.tensor.dtype
-            groups.setdefault(dtype, {})[name] = term
+            groups.setdefault(self._dtype(name, term), {})[name] = term
         notice, self._notice = self._notice, ()
         # In one order on all ranks.
         for dtype in sorted(groups, key=str):
             group = groups[dtype]
-            exponents = [self._exponent(name) if dtype == torch.float16 else 0 for name in group]
-            one = Sum(group, dtype, exponents, self._share, notice)
+            exponents = [self._exponent(name) for name in group]
+            kind = SUMS.get(dtype, Sum)
+            one = kind(group, dtype, exponents, self._share, self._transport.size, notice)
             notice = ()
             suffix = f"{self._phase}{'again' * self._again}.{dtype!s}"
             one.begin(self._transport, f"sum.{self._key}.{suffix}")
             self._sums.append(one)
             self.bytes += one.bytes
             for name, term in group.items():
-                self.sizes[name] += term.tensor.numel() * dtype.itemsize
+                self.sizes[name] += (term.tensor.numel() + one.FLAGS) * dtype.itemsize
+
+    def _dtype(self, name: str, term: Term) -> torch.dtype:
+        """Return the dtype in which a term is added up, which all ranks know."""
+        dtype = PRECISIONS[term.values]
+        if dtype == torch.int8:
+            # Without a scale that fits, all would be rounded to zero.
+            known = self.exponents[name][self._phase : self._phase + 1]
+            fits = bool(known) and known[0] <= LIMIT
+            if not (fits and self._transport.adds_int8 and self._transport.size <= MOST_RANKS):
+                return torch.float16
+        return term.tensor.dtype if dtype == torch.float32 else dtype
 
     def _exponent(self, name: str) -> int:
         known = self.exponents[name]
@@ -290,84 +298,6 @@ class Rounds:
             raise RuntimeError(f"{which} failed before it could send: see the error there")
         if differ:
             raise RanksDiffer("a rank asks to compare states")
-
-
-class Sum:
-    """Terms of one precision, end to end."""
-
-    pending: Pending[Tensor]
-    _summed: Tensor
-
-    def __init__(
-        self,
-        terms: Mapping[str, Term],
-        dtype: torch.dtype,
-        exponents: Sequence[int],
-        share: float,
-        notice: Sequence[float],
-    ) -> None:
-        self._terms = terms
-        self._share = share
-        self._scales = [2.0**exponent for exponent in exponents]
-        self._front = len(notice)
-        tensors = [term.tensor.reshape(-1) for term in terms.values()]
-        # The widest dtype of the terms.
-        self._dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-        self._half = dtype == torch.float16
-        self._sizes = [len(t) for t in tensors]
-        flat = tensors[0].new_empty(len(notice) + sum(self._sizes), dtype=dtype)
-        for i, number in enumerate(notice):
-            flat[i] = number
-        parts = torch.split(flat[len(notice) :], self._sizes)
-        for part, tensor, scale in zip(parts, tensors, self._scales, strict=True):
-            factor = share * scale
-            part.copy_(tensor if factor == 1 else tensor * factor)
-        # The sum may be taken in place.
-        self._sent = torch.split(flat[len(notice) :].clone(), self._sizes) if self._half else None
-        self._flat = flat
-        self.bytes = flat.numel() * flat.element_size()
-
-    def begin(self, transport: Transport, key: str) -> None:
-        """Begin to add up."""
-        self.pending = transport.begin_all_reduce(self._flat, key)
-
-    def wait(self) -> None:
-        """Wait until all ranks have added up."""
-        self._summed = self.pending.result()
-
-    def collect(
-        self, totals: dict[str, Total], read_notice: Callable[[float, float, float], None]
-    ) -> dict[str, Term]:
-        """Fill in totals, after `wait`, and return the terms whose sum is not of use."""
-        summed = self._summed.to(self._dtype)
-        parts = torch.split(summed[self._front :], self._sizes)
-        # In two passes that need no memory, with one synchronisation.
-        ends = [end.view(1) for part in parts if part.numel() for end in (part.amin(), part.amax())]
-        numbers = torch.cat([summed[: self._front], *ends]).tolist()
-        if self._front:
-            read_notice(*numbers[: self._front])
-        found = iter(numbers[self._front :])
-        again = {}
-        for i, (name, part) in enumerate(zip(self._terms, parts, strict=True)):
-            # Both are nan if one element is.
-            top = max(-next(found), next(found)) if part.numel() else 0.0
-            scale, term = self._scales[i], self._terms[name]
-            if not math.isfinite(top) or (self._half and 0 < top < SMALLEST):
-                again[name] = term
-                continue
-            like = term.tensor
-            if self._half:
-                part = part.mul_(1 / scale)
-            part = part.to(like.dtype).view(like.shape)
-            totals[name] = Total(part, functools.partial(self._as_sent, i, like), top / scale)
-        return again
-
-    def _as_sent(self, i: int, term: Tensor) -> Tensor:
-        """Return a term as it was rounded for the sum."""
-        if self._sent is None:
-            return term
-        part = self._sent[i].to(self._dtype).mul_(1 / (self._scales[i] * self._share))
-        return part.to(term.dtype).view(term.shape)
 
 
 class SummedAverage(Average):
@@ -409,6 +339,14 @@ class SummedAverage(Average):
         if rounds.not_finite:
             self._spoil()
         return averages
+
+
+def _shifted(exponents: Sequence[int], factor: float) -> list[int]:
+    """Return exponents for numbers that are `factor` times as large."""
+    if factor == 1:
+        return list(exponents)
+    shift = round(math.log2(factor))
+    return [e if e > LIMIT else max(-LIMIT, min(LIMIT, e - shift)) for e in exponents]
 
 
 def _empty(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

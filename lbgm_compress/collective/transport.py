@@ -23,7 +23,7 @@ __all__ = ["BodyLength", "Pending", "ProcessGroupTransport", "Transport", "gathe
 
 # Large enough to fill a link, small enough to keep all links of a ring busy.
 CHUNK = 256 * 1024
-# The largest sum in bytes that is made in few turns. Larger ones are made with few bytes, on a ring.
+# The largest sum in bytes that is made in few turns; larger ones are made on a ring.
 SMALL = 16 * 1024
 # Tag of data of equal sizes; the chunks of a ring have the tags that follow.
 EQUAL = 0
@@ -60,6 +60,8 @@ class Transport(abc.ABC):
     """This rank, from 0. Elastic engines may change it."""
     size: int
     """The number of ranks. Elastic engines may change it."""
+    adds_int8: bool = True
+    """Whether `all_reduce` takes int8."""
 
     @abc.abstractmethod
     def gather_equal(self, data: Tensor) -> Tensor:
@@ -149,8 +151,8 @@ class Transport(abc.ABC):
         Parameters
         ----------
         data
-            Flat tensor (float16, float32, float64 or int64), of one size and dtype on all ranks.
-            It may be overwritten.
+            Flat tensor (int8, float16, float32, float64 or int64), of one size and dtype on all
+            ranks. It may be overwritten.
 
         Returns
         -------
@@ -284,7 +286,6 @@ class ProcessGroupTransport(Transport):
             # Kept until the next sum, so that no thread of gloo lets go of it last: see `_swap`.
             self._reduced = data
         return data
-
 
     def _double(self, data: Tensor) -> Tensor:
         """Add up data of all ranks by recursive doubling.

@@ -120,6 +120,10 @@ class Contributor(Store[Any]):
         """Return the exponents of the scales of a tensor's sums; see `keep`."""
         return list(self._tensors[name]["exponents"]) if name in self._tensors else []
 
+    def rescaling(self, name: str, loss_scale: float) -> float:
+        """Return a loss scale divided by that of a tensor's last round."""
+        return loss_scale / self._tensors[name]["scale"] if name in self._tensors else 1.0
+
     def shared_alone(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return a saved state without what its rank alone knew, such as a residual."""
         tensors = {

@@ -50,8 +50,9 @@ class SharedSubspace(Reducible):
     refresh_every
         Number of rounds from one replaced direction to the next, at least 1.
     values
-        Precision of the sums, "float16" or "float32". In float16 numbers are scaled first, so that
-        they are in its range; see `lbgm_compress.collective.summed`.
+        Precision of the sums: "float16", "float32", or "int8", which belongs inside
+        `ErrorFeedback`. Numbers are scaled first, so that they are in its range; see
+        `lbgm_compress.collective.sums`.
 
     Raises
     ------

@@ -60,6 +60,9 @@ class HorovodTransport(Transport):
     def size(self) -> int:  # type: ignore[override]
         return int(self.process_set.size()) if self.included else 1
 
+    # Horovod adds up no int8.
+    adds_int8 = False
+
     def gather_equal(self, data: Tensor) -> Tensor:
         # Under one name for all optimizers, since ranks may differ in what `name` is made of.
         rows = self.hvd.allgather(
