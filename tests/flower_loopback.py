@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ __all__ = [
     "Receding",
     "arrays_of",
     "context",
+    "digest_of",
     "make_app",
     "one_round",
     "start",
@@ -186,6 +188,13 @@ def arrays_of(seed: int = 0, **others: np.ndarray) -> ArrayRecord:
         **others,
     }
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in parameters.items()})
+
+
+def digest_of(arrays: Mapping[str, Any]) -> str:
+    """Return a hash of the elements of float32 arrays or tensors, by name."""
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    parts = (found[n].tobytes() for n in sorted(found) if found[n].dtype == np.float32)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def start(

@@ -25,6 +25,7 @@ from tests.soak import length
 
 ROOT = Path(__file__).parent.parent
 JOB = ROOT / "tests" / "flower_job"
+SUBSPACES = "LookBackSubspace(4, values='int4')"
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(400), pytest.mark.xdist_group("flower")]
 
 
@@ -110,6 +111,50 @@ def test_without_compression_parameters_equal_those_of_plain_fedavg(
     assert [len(chosen) for chosen in partitions] == rounds * [clients]
     assert_close(arrays, plain_fedavg(partitions))
     assert all(line["rejected-replies"] == 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "engine", "rounds"),
+    [
+        ("Identity()", "simulation", 5),
+        (SUBSPACES, "simulation", 5),
+        # Starting the clients' processes takes most of the time.
+        (SUBSPACES, "deployment", 2),
+        pytest.param("Identity()", "deployment", 5, marks=pytest.mark.soak),
+        pytest.param(SUBSPACES, "deployment", 5, marks=pytest.mark.soak),
+    ],
+)
+@pytest.mark.timeout(700)
+def test_every_client_holds_the_server_s_model_in_every_round(
+    compressor, engine, rounds, request, tmp_path
+):
+    """Without compression both ways, the parameters are those of plain FedAvg."""
+    running = request.getfixturevalue(engine)
+    uplink = compressor if compressor == "Identity()" else f"ErrorFeedback({compressor})"
+    config = {"out": str(tmp_path), "compressor": uplink, "downlink": compressor}
+    config |= {"rounds": rounds, "evaluate": 1.0, "timeout": 200.0}
+    options = []
+    if engine == "simulation":
+        config.update(fraction=0.5, clients=6)
+        options = ["--federation-config", "num-supernodes=6 client-resources-num-cpus=1"]
+    running.run(JOB, config, *options, timeout=650)
+    arrays, partitions, lines = results_of(tmp_path)
+    everyone = range(6 if engine == "simulation" else 3)
+    assert [len(chosen) for chosen in partitions] == rounds * [3]
+    for number, chosen in enumerate(partitions, start=1):
+        for kind, clients in (("train", chosen), ("evaluate", everyone)):
+            model = (tmp_path / f"model-{kind}-{number}").read_text()
+            for client in clients:
+                assert (tmp_path / f"seen-{kind}-{number}-{client}").read_text() == model
+    assert len(list(tmp_path.glob("seen-*"))) == rounds * (3 + len(everyone))
+    assert all(line["failed-replies"] == line["rejected-replies"] == 0 for line in lines)
+    if compressor == "Identity()":
+        assert_close(arrays, plain_fedavg(partitions))
+    else:
+        sent = [line["downlink-bytes"] / line["downlink-dense-bytes"] for line in lines]
+        # Each client is sent the whole model once, in the first round or evaluation.
+        assert sent[0] > 1
+        assert max(sent[1:]) < 0.2
 
 
 def test_example_runs_in_simulation_and_leaves_its_results(simulation, tmp_path):

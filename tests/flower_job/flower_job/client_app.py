@@ -1,4 +1,7 @@
-"""A client that is late or hangs in the rounds that the run's configuration names."""
+"""A client that is late or hangs in the rounds that the run's configuration names.
+
+It writes a hash of each model that it is given.
+"""
 
 import os
 import time
@@ -7,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from lbgm_compress.adapters.flower import CompressionMod
-from tests.flower_loopback import make_app
+from tests.flower_loopback import digest_of, make_app
 
 
 def misbehave(message: Message, context: Context) -> None:
@@ -21,6 +24,17 @@ def misbehave(message: Message, context: Context) -> None:
         wait_for(out / "never")
 
 
+def tell(message: Message, context: Context, call_next):
+    """Write a hash of the model that the app is about to see."""
+    arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}
+    number = message.content["config"]["server-round"]
+    kind = message.metadata.message_type
+    partition = context.node_config["partition-id"]
+    out = Path(str(context.run_config["out"]))
+    (out / f"seen-{kind}-{number}-{partition}").write_text(digest_of(arrays))
+    return call_next(message, context)
+
+
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 100
     while not path.exists() and time.monotonic() < deadline:
@@ -28,4 +42,4 @@ def wait_for(path: Path) -> None:
 
 
 mod = CompressionMod(state_dir=os.environ.get("FLOWER_JOB_STATE"))
-app = make_app([mod], before=misbehave, noise=0.0, rate=0.3)
+app = make_app([mod, tell], before=misbehave, noise=0.0, rate=0.3)

@@ -1,4 +1,8 @@
-"""A server that writes its parameters and the clients of each round to files."""
+"""A server that writes its parameters and the clients of each round to files.
+
+With a downlink, it also writes a hash of the model that clients must hold, for each kind of message
+and round.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from flower_job.grid import PromptGrid
 from lbgm_compress import parse_compressor
 from lbgm_compress.adapters.flower import CompressedStrategy
-from tests.flower_loopback import arrays_of
+from tests.flower_loopback import arrays_of, digest_of
 
 app = ServerApp()
 
@@ -20,7 +24,7 @@ class Noting(FedAvg):
     """FedAvg that records the partitions whose replies it averages, for each round."""
 
     def __init__(self, out, **options):
-        super().__init__(fraction_evaluate=0.0, **options)
+        super().__init__(**options)
         self.out, self.partitions = out, []
 
     def aggregate_train(self, server_round, replies):
@@ -30,6 +34,25 @@ class Noting(FedAvg):
         )
         (self.out / f"over-{server_round}").touch()
         return super().aggregate_train(server_round, replies)
+
+
+class Telling(CompressedStrategy):
+    """A strategy that writes down what clients must hold."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self.tell(f"train-{server_round}")
+        return messages
+
+    def configure_evaluate(self, server_round, arrays, config, grid):
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        self.tell(f"evaluate-{server_round}")
+        return messages
+
+    def tell(self, name):
+        if self._downlink is not None:
+            model = self._downlink.publisher.model
+            (self.log_file.parent / f"model-{name}").write_text(digest_of(model))
 
 
 @app.main()
@@ -46,10 +69,15 @@ def main(grid: Grid, context: Context) -> None:
     inner = Noting(
         out,
         fraction_train=float(config["fraction"]),
+        fraction_evaluate=float(config["evaluate"]),
         min_available_nodes=int(config["clients"]),
     )
-    strategy = CompressedStrategy(
-        inner, parse_compressor(str(config["compressor"])), log_file=out / "rounds.jsonl"
+    downlink = str(config["downlink"])
+    strategy = Telling(
+        inner,
+        parse_compressor(str(config["compressor"])),
+        downlink=parse_compressor(downlink) if downlink else None,
+        log_file=out / "rounds.jsonl",
     )
     arrays = arrays_of(counter=np.array(3))
     if config["resume"]:
