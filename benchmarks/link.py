@@ -440,7 +440,7 @@ def main(arguments: list[str]) -> int:
                         counted = min(report.steps, steps)
                         progress.update(bar, advance=max(0, counted - before), description=what)
                         before = counted if report.steps < steps else 0
-                        if not printer.is_terminal and report.steps >= steps:
+                        if not printer.is_terminal and report.steps == steps:
                             ms = 1e3 * report.seconds / report.steps
                             printer.print(f"{what}: {ms:.0f} ms a step, {report.accuracy:.2%}")
     except KeyboardInterrupt:
