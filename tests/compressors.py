@@ -97,6 +97,7 @@ REDUCIBLES: list[Algorithm] = [
     SharedLBGM(1),
     ErrorFeedback(SharedLBGM(0.5)),
     ErrorFeedback(SharedSubspace(2, 2, "int8")),
+    ErrorFeedback(SharedSubspace(2, 2, warm_up=3)),
     ErrorFeedback(PowerSGD(2, "int8")),
     ErrorFeedback(SharedLBGM(0.5, "int8")),
     ErrorFeedback(SharedLBGM(0.9, "float32")),

@@ -678,3 +678,17 @@ def test_number_out_of_the_range_of_int8_costs_a_sum_and_what_is_cut_off_comes_l
     assert float(missing.abs().max()) < 1e-3 * 500
     # The factor of 1000, and the fall after it, take a sum in float32 beside that in int8.
     assert [size > 50 for size in sizes[1:]] == [False] * 4 + [True, True] + [False] * 3
+
+
+def test_first_rounds_of_a_subspace_that_warms_up_are_those_of_power_sgd():
+    warm = Lockstep(ErrorFeedback(SharedSubspace(2, 2, "float32", warm_up=4)), 2)
+    power = Lockstep(ErrorFeedback(PowerSGD(2, "float32")), 2)
+    averages, sizes = [], []
+    for step in range(8):
+        given = [{"w": gradients(rank, step)["matrix"]} for rank in range(2)]
+        averages.append([workers.average(given)["w"] for workers in (warm, power)])
+        sizes.append(warm.bytes)
+    for step, (own, other) in enumerate(averages):
+        assert torch.allclose(own, other, rtol=1e-3, atol=1e-4) == (step < 4)
+    # Float32 for both factors of a matrix of 24 x 40, then one factor, and each second time a row.
+    assert sizes == [512] * 4 + [4 * (48 + 40), 4 * 48] * 2

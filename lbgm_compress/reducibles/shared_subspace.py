@@ -34,10 +34,10 @@ class SharedSubspace(Reducible):
     is longer, so that n >= m. All ranks share r orthonormal directions, the rows of V (r x n). A
     round sums the coefficients C = V M^T (r x m), and the average is C^T V.
 
-    Directions follow the gradient. In the first round, and in every `refresh_every`-th, a power
-    step moves directions towards what they miss: the first round finds all of them as `PowerSGD`
-    does, from the sum of r n numbers; a later one replaces the weakest direction, whose
-    coefficients are c, by the sum of R^T c (n numbers), where R is what the other directions miss.
+    Directions follow the gradient. The first round, and each of the first `warm_up` rounds, is one
+    of `PowerSGD`: a power step moves all directions, and takes the sum of r n numbers beside that
+    of r m. Later, in every `refresh_every`-th round, the weakest direction, whose coefficients are
+    c, is replaced by the sum of R^T c (n numbers), where R is what the other directions miss.
 
     Use it as ``ErrorFeedback(SharedSubspace(8))``: what the directions miss is then averaged later.
     Tensors with fewer than two dimensions, or for which coefficients are no smaller, are averaged
@@ -53,6 +53,9 @@ class SharedSubspace(Reducible):
         Precision of the sums: "float16", "float32", or "int8", which belongs inside
         `ErrorFeedback`. Numbers are scaled first, so that they are in its range; see
         `lbgm_compress.collective.sums`.
+    warm_up
+        Number of rounds at the beginning in which all directions move. They cost more bytes, and
+        error feedback catches up sooner: it pays in runs of some hundred rounds.
 
     Raises
     ------
@@ -63,10 +66,12 @@ class SharedSubspace(Reducible):
     rank: int = 8
     refresh_every: int = 4
     values: str = "float16"
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         check_whole("rank", self.rank, 1)
         check_whole("refresh_every", self.refresh_every, 1)
+        check_whole("warm_up", self.warm_up, 0)
         check_precision(self.values)
 
     def initial_state(self, seed: int) -> State:
@@ -80,8 +85,8 @@ class SharedSubspace(Reducible):
         if not rank:
             return (yield from dense_round(grad, state, self.values))
         columns = _long_columns(grad)
-        if "directions" not in state:
-            return (yield from self._first(grad, columns, rank, state))
+        if "directions" not in state or state["age"] + 1 < self.warm_up:
+            return (yield from self._move_all(grad, columns, rank, state))
         directions: Tensor = state["directions"]
         total = yield Term(directions @ columns, self.values)
         if total.largest == 0:
@@ -95,8 +100,10 @@ class SharedSubspace(Reducible):
         state = {**state, "directions": new, "age": age}
         return Contribution(average, own, state, recycled=new is directions)
 
-    def _first(self, grad: Tensor, columns: Tensor, rank: int, state: State) -> Sums:
-        start = random_rows(rank, len(columns), state, columns)
+    def _move_all(self, grad: Tensor, columns: Tensor, rank: int, state: State) -> Sums:
+        start, age = state.get("directions"), state.get("age", -1) + 1
+        if start is None:
+            start = random_rows(rank, len(columns), state, columns)
         total = yield Term(start @ columns, self.values)
         if total.largest == 0:
             return unused(grad, state)
@@ -107,7 +114,7 @@ class SharedSubspace(Reducible):
         directions = orthonormal(total.tensor.T).T.contiguous()
         average = _product(short, total.tensor, grad)
         own = _product(short, total.sent, grad)
-        return Contribution(average, own, {**state, "directions": directions, "age": 0})
+        return Contribution(average, own, {**state, "directions": directions, "age": age})
 
     def _replace_weakest(
         self, columns: Tensor, directions: Tensor, total: Total
