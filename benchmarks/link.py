@@ -204,7 +204,11 @@ def draw(folder: Path, reports: Sequence[Report], known: Sequence[str] = ()) -> 
     """
     names = list(dict.fromkeys(report.method for report in reports))
     styles = line_styles(read_methods(", ".join(names), known))
-    look = {name: {**style, "marker": "o"} for name, style in zip(names, styles, strict=True)}
+    # Colours repeat after ten methods.
+    look = {
+        name: {**style, "marker": "osD"[i // 10 % 3]}
+        for i, (name, style) in enumerate(zip(names, styles, strict=True))
+    }
     for (case, ranks), runs in groups(reports).items():
         shown = {
             method: run
@@ -252,16 +256,18 @@ def draw(folder: Path, reports: Sequence[Report], known: Sequence[str] = ()) -> 
             axes.set_xlabel("rate of a link in Mbit/s (log scale)")
             axes.set_ylabel(f"s to {target:.1%} (log scale)")
             _show_numbers(axes.xaxis)
-            _show_numbers(axes.yaxis)
+            _show_numbers(axes.yaxis, minor=True)
 
         picture = chart(until, f"{case} batches, {ranks} ranks", len(shown))
         atomic_write(folder / f"time-{case}-{ranks}.png", picture)
 
 
-def _show_numbers(axis: Axis) -> None:
-    from matplotlib.ticker import ScalarFormatter
+def _show_numbers(axis: Axis, minor: bool = False) -> None:
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     axis.set_major_formatter(ScalarFormatter())
+    if minor:
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
 
 
 def probe_table(probes: Sequence[dict[str, Any]]) -> Table:
