@@ -113,7 +113,7 @@ def check_course(results, steps):
             assert not torch.equal(parameter, initial[name])
 
 
-def on_gloo(rank, algorithms, steps, by_hook=(True, False, False), dtype=torch.float32):
+def on_gloo(rank, algorithms, steps, by_hook=(True, False, False, False), dtype=torch.float32):
     return [
         course(rank, *with_hook(algorithm, hook, dtype=dtype), steps)
         for algorithm, hook in zip(algorithms, by_hook, strict=True)
