@@ -115,9 +115,10 @@ def test_contributions_that_add_up_are_counted_once_a_worker(tmp_path, folder, o
     # Factors of both matrices in float16, and the biases as they are.
     factors = 2 * (2 * (784 + 128) + 2 * (128 + 10) + 128 + 10)
     assert [e.uplink_bytes for e in power] == [4 * i * factors for i in (1, 2, 3, 4)]
-    # A coefficient and a sketch of each matrix, and everything in full.
-    full = 4 * (784 * 128 + 128 + 128 * 10 + 10 + 2 * (1 + 256))
-    assert [e.uplink_bytes for e in look_back] == [4 * i * full for i in (1, 2, 3, 4)]
+    # Everything in full, and in the second round a coefficient and a sketch of each matrix.
+    full, sketches = 4 * (784 * 128 + 128 + 128 * 10 + 10), 4 * 2 * (1 + 256)
+    expected = [4 * i * full + 4 * sketches * (i > 1) for i in (1, 2, 3, 4)]
+    assert [e.uplink_bytes for e in look_back] == expected
     for i in range(4):
         assert look_back[i].loss == pytest.approx(exact[i].loss, rel=1e-4)
 
