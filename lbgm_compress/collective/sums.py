@@ -123,12 +123,12 @@ class Sum:
             if unit != 1:
                 part = part.mul_(unit)
             part = part.to(term.tensor.dtype).view(term.tensor.shape)
-            totals[name] = Total(part, functools.partial(self._as_sent, i), top * unit)
+            make_sent = functools.partial(self._as_sent, i, term.tensor)
+            totals[name] = Total(part, make_sent, top * unit)
         return again
 
-    def _as_sent(self, i: int) -> Tensor:
+    def _as_sent(self, i: int, term: Tensor) -> Tensor:
         """Return a term as it was rounded for the sum."""
-        term = list(self._terms.values())[i].tensor
         if self._sent is None:
             return term
         part = self._sent[i].to(self._wide).mul_(self._unit(i) / self._share)
