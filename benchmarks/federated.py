@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 if __name__ == "__main__" and __spec__ is None:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,7 +26,7 @@ from benchmarks.common.federation import Method, federate
 from benchmarks.common.partition import partition
 from benchmarks.common.plots import png, subplots, tidy
 from benchmarks.common.processes import make_pool
-from benchmarks.common.tables import console, make_table, read_csv, write_csv
+from benchmarks.common.tables import console, make_table, read_rows, write_csv
 from benchmarks.common.training import Training
 from lbgm_compress import ErrorFeedback, Identity, LookBackSubspace, TopK
 from lbgm_compress._util.files import atomic_write
@@ -136,9 +136,7 @@ def read_runs(file: Path) -> Runs:
         If this program did not write the file.
     """
     runs: Runs = {}
-    kinds = get_type_hints(Evaluation)
-    for row in read_csv(file, Evaluation._fields):
-        evaluation = Evaluation(**{name: kinds[name](row[name]) for name in row})
+    for evaluation in read_rows(file, Evaluation):
         runs.setdefault(evaluation.run, []).append(evaluation)
     return runs
 
@@ -335,7 +333,7 @@ def main(arguments: list[str]) -> int:
     try:
         asked = wanted(options)
         check_folder(options.out)
-        runs = read_runs(file) if file.exists() else {}
+        runs = read_runs(file)
         missing = [what for what in asked if what not in runs]
         if missing:
             training_of(missing[0], options.rounds, options.data_dir)

@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 if __name__ == "__main__" and __spec__ is None:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -46,7 +46,7 @@ from benchmarks.common.frontier_settings import (
 from benchmarks.common.models import parameters
 from benchmarks.common.plots import FAMILIES, family_of, png, subplots, tidy
 from benchmarks.common.processes import make_pool
-from benchmarks.common.tables import console, make_table, read_csv, write_csv
+from benchmarks.common.tables import console, make_table, read_rows, write_csv
 from benchmarks.common.training import Round, Training, run
 from lbgm_compress._util.files import atomic_write
 from lbgm_compress.algorithm import Algorithm
@@ -130,10 +130,8 @@ def read_runs(file: Path) -> Runs:
         If this program did not write the file.
     """
     runs: Runs = {}
-    kinds = get_type_hints(Evaluation)
-    for row in read_csv(file, Evaluation._fields):
-        row["method"] = current_name(row["method"])
-        evaluation = Evaluation(**{name: kinds[name](row[name]) for name in row})
+    for row in read_rows(file, Evaluation):
+        evaluation = row._replace(method=current_name(row.method))
         runs.setdefault(evaluation.run, []).append(evaluation)
     return runs
 

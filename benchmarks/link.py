@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __name__ == "__main__" and __spec__ is None:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,7 +39,7 @@ from benchmarks.common.command_line import (
 from benchmarks.common.data import DatasetMissing, load
 from benchmarks.common.link_rank import MARGIN
 from benchmarks.common.plots import chart, line_styles, show_percent
-from benchmarks.common.tables import console, make_table, read_csv, write_csv
+from benchmarks.common.tables import console, make_table, read_rows, write_csv
 from lbgm_compress import (
     LBGM,
     Atomo,
@@ -123,11 +123,7 @@ def read_reports(file: Path) -> list[Report]:
     ValueError
         If this program did not write the file.
     """
-    kinds = get_type_hints(Report)
-    return [
-        Report(**{name: kinds[name](value) for name, value in row.items()})
-        for row in read_csv(file, Report._fields)
-    ]
+    return read_rows(file, Report)
 
 
 def groups(reports: Sequence[Report]) -> dict[tuple[str, int], Runs]:

@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 if __name__ == "__main__" and __spec__ is None:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,7 +33,7 @@ from benchmarks.common.language import PARTITIONS, read_text
 from benchmarks.common.local_methods import DENSE, METHODS
 from benchmarks.common.local_worker import Setting, perform
 from benchmarks.common.plots import png, subplots, tidy
-from benchmarks.common.tables import console, make_table, read_csv, write_csv
+from benchmarks.common.tables import console, make_table, read_rows, write_csv
 from lbgm_compress._util.files import atomic_write
 
 RATES = (10, 100, 1000)  # Mbit/s
@@ -92,10 +92,7 @@ def read_runs(file: Path) -> Runs:
         If this program did not write the file.
     """
     runs: Runs = {}
-    kinds = get_type_hints(Row)
-    kinds["final"] = "True".__eq__
-    for row in read_csv(file, Row._fields):
-        found = Row(**{name: kinds[name](row[name]) for name in row})
+    for found in read_rows(file, Row):
         runs.setdefault(found.run, []).append(found)
     return runs
 

@@ -7,14 +7,16 @@ import io
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
 
 from lbgm_compress._util.files import atomic_write
 
-__all__ = ["console", "make_table", "read_csv", "write_csv"]
+__all__ = ["console", "make_table", "read_csv", "read_rows", "write_csv"]
+
+Row = TypeVar("Row", bound=NamedTuple)
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -47,6 +49,22 @@ def read_csv(file: Path, columns: Sequence[str] | None = None) -> list[dict[str,
         if columns is not None and tuple(reader.fieldnames or ()) != tuple(columns):
             raise ValueError(f"{file} was not written by this program: name another folder (--out)")
         return list(reader)
+
+
+def read_rows(file: Path, kind: type[Row]) -> list[Row]:
+    """Return the rows of a CSV file whose columns are the fields of `kind`: str, int, float, bool.
+
+    Raises
+    ------
+    ValueError
+        If the columns are others.
+    """
+    types = get_type_hints(kind)
+    convert = {name: "True".__eq__ if of is bool else of for name, of in types.items()}
+    return [
+        kind(**{name: convert[name](value) for name, value in row.items()})
+        for row in read_csv(file, kind._fields)
+    ]
 
 
 def console(width: int = 140) -> Console:
