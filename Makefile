@@ -30,7 +30,7 @@ horovod: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,docs,flower,nvflare,test,torchft]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,docs,flower,lightning,nvflare,test,test-frameworks,torchft,transformers]'
 	touch $@
 
 gpu: $(VENV)/.installed
