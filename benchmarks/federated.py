@@ -1,7 +1,7 @@
 """Measure accuracy against the bytes of a federation in both directions.
 
-A run is one partition, participation, method and seed. Every finished run is kept in federated.csv
-and is not done again, so that an interrupted command can be continued.
+A run is one partition, participation, number of local steps, method and seed. Every finished run is
+kept in federated.csv and is not done again, so that an interrupted command can be continued.
 """
 
 from __future__ import annotations
@@ -40,22 +40,20 @@ MARGIN = 0.005
 PARTITIONS = "iid", "classes:3"
 
 SUBSPACE = LookBackSubspace(4, values="int4")
-FED_BACK = ErrorFeedback(SUBSPACE)
-COARSE = ErrorFeedback(LookBackSubspace(2, values="int4", directions="int2"))
-METHODS = {
-    "dense": Method(Identity(), None, "float32", "memory"),
-    "subspace-up-memory": Method(FED_BACK, None, "float32", "memory"),
-    "subspace-up-model": Method(FED_BACK, None, "float32", "model"),
-    "subspace-both-memory": Method(FED_BACK, SUBSPACE, "float16", "memory"),
-    "subspace-both-model": Method(FED_BACK, SUBSPACE, "float16", "model"),
-    "subspace-both-model-float32": Method(FED_BACK, SUBSPACE, "float32", "model"),
-    "coarse-subspace-both-model": Method(COARSE, SUBSPACE, "float16", "model"),
-    "top-both-memory": Method(
-        ErrorFeedback(TopK(0.01, "int2")), TopK(0.01, "int2"), "float16", "memory"
-    ),
-    "top-both-model": Method(
-        ErrorFeedback(TopK(0.01, "int2")), TopK(0.01, "int2"), "float16", "model"
-    ),
+WIDE = LookBackSubspace(8, values="int4")
+COARSE = LookBackSubspace(2, values="int4", directions="int2")
+TOP = TopK(0.01, "int2")
+# The compressors of the uplink, inside error feedback, and of the downlink.
+PAIRS = {
+    "subspace": (SUBSPACE, SUBSPACE),
+    "coarse-subspace": (COARSE, SUBSPACE),
+    "wide-subspace": (WIDE, WIDE),
+    "top": (TOP, TOP),
+}
+METHODS = {"dense": Method(Identity(), None, "float32", "memory")} | {
+    f"{name}-{residual}": Method(ErrorFeedback(up), down, "float16", residual)
+    for name, (up, down) in PAIRS.items()
+    for residual in ("memory", "model")
 }
 
 
@@ -64,6 +62,7 @@ class Evaluation(NamedTuple):
 
     partition: str
     participation: float
+    local_steps: int
     method: str
     seed: int
     round: int
@@ -74,12 +73,13 @@ class Evaluation(NamedTuple):
     dense_bytes: int
 
     @property
-    def run(self) -> tuple[str, float, str, int]:
-        """Partition, participation, method and seed."""
-        return self[:4]
+    def run(self) -> tuple[str, float, int, str, int]:
+        """Partition, participation, local steps, method and seed."""
+        return self[:5]
 
 
-Run = tuple[str, float, str, int]
+Setting = tuple[str, float, int]
+Run = tuple[str, float, int, str, int]
 Runs = dict[Run, list[Evaluation]]
 
 
@@ -91,14 +91,14 @@ def training_of(what: Run, rounds: int, data_dir: str | None) -> Training:
     DatasetMissing
         If the data set is not found.
     """
-    kind, participation, _, seed = what
+    kind, participation, local_steps, _, seed = what
     dataset = load("fashion-mnist", data_dir, seed)
     return Training(
         dataset=dataset,
         parts=partition(dataset.train_labels, WORKERS, kind, seed),
         model="fcn",
         rounds=rounds,
-        local_steps=10,
+        local_steps=local_steps,
         batch_size=20,
         participation=participation,
         lr=0.05,
@@ -114,7 +114,7 @@ def perform(what: Run, rounds: int, data_dir: str | None) -> list[Evaluation]:
     torch.set_num_threads(1)
     up = down = dense = 0
     found = []
-    for one in federate(training_of(what, rounds, data_dir), METHODS[what[2]]):
+    for one in federate(training_of(what, rounds, data_dir), METHODS[what[3]]):
         up += one.uplink_bytes
         down += one.downlink_bytes
         dense += one.dense_bytes
@@ -144,7 +144,7 @@ def read_runs(file: Path) -> Runs:
 def write_runs(file: Path, runs: Runs) -> None:
     """Write the evaluations of all runs, in an order that does not depend on when they ended."""
     order = list(METHODS)
-    chosen = sorted(runs, key=lambda run: (run[0], -run[1], order.index(run[2]), run[3]))
+    chosen = sorted(runs, key=lambda run: (run[0], -run[1], run[2], order.index(run[3]), run[4]))
     write_csv(file, Evaluation._fields, [row for what in chosen for row in runs[what]])
 
 
@@ -177,13 +177,13 @@ class Row(NamedTuple):
     rounds; None if a seed misses it."""
 
 
-def rows_of(runs: Runs, kind: str, participation: float, rounds: int) -> list[Row]:
+def rows_of(runs: Runs, setting: Setting, rounds: int) -> list[Row]:
     """Summarise the runs of a setting after a number of rounds, a method a row."""
     by_method: dict[str, dict[int, list[Evaluation]]] = {}
     for what, evaluations in runs.items():
-        if what[:2] == (kind, participation) and evaluations[-1].round >= rounds:
+        if what[:3] == setting and evaluations[-1].round >= rounds:
             kept = [e for e in evaluations if e.round <= rounds]
-            by_method.setdefault(what[2], {})[what[3]] = kept
+            by_method.setdefault(what[3], {})[what[4]] = kept
     dense = {seed: accuracy(e) for seed, e in by_method.get("dense", {}).items()}
     rows = []
     for method in METHODS:
@@ -222,7 +222,7 @@ def _bytes_to(evaluations: Sequence[Evaluation], target: float) -> int | None:
     return None
 
 
-def table_of(rows: Sequence[Row], kind: str, participation: float, rounds: int) -> Table:
+def table_of(rows: Sequence[Row], setting: Setting, rounds: int) -> Table:
     """Return a table of a setting's rows."""
     headings = ("method", "seeds", "accuracy", "points", "points of w", "up", "down", "total")
     cells = [
@@ -237,18 +237,20 @@ def table_of(rows: Sequence[Row], kind: str, participation: float, rounds: int) 
         )
         for row in rows
     ]
-    title = f"{kind}, {participation:.0%} of {WORKERS} clients a round, {rounds} rounds"
+    kind, participation, steps = setting
+    clients = f"{participation:.0%} of {WORKERS} clients a round"
+    title = f"{kind}, {clients}, {rounds} rounds of {steps} steps"
     return make_table(title, (*headings, "total to dense - 0.5"), cells, whole="method")
 
 
 def draw(folder: Path, runs: Runs) -> None:
     """Draw accuracy against the bytes of both directions, a panel for each setting."""
-    settings = sorted({what[:2] for what in runs}, key=lambda s: (s[0], -s[1]))
-    methods = [method for method in METHODS if any(what[2] == method for what in runs)]
+    settings = sorted({what[:3] for what in runs}, key=lambda s: (s[0], -s[1], s[2]))
+    methods = [method for method in METHODS if any(what[3] == method for what in runs)]
     figure, [panels] = subplots(1, len(settings), (1.5 + 4.2 * len(settings), 4.6))
-    for axes, (kind, participation) in zip(panels, settings, strict=True):
+    for axes, setting in zip(panels, settings, strict=True):
         for i, method in enumerate(methods):
-            found = [e for what, e in runs.items() if what[:3] == (kind, participation, method)]
+            found = [e for what, e in runs.items() if what[:4] == (*setting, method)]
             if not found:
                 continue
             length = min(map(len, found))
@@ -260,6 +262,7 @@ def draw(folder: Path, runs: Runs) -> None:
                 heights.append(statistics.fmean(accuracy(e[: position + 1]) for e in found))
             axes.plot(megabytes, heights, color=f"C{i}", linewidth=1.2, label=method)
         axes.set_xscale("log")
+        kind, participation, _ = setting
         axes.set_title(f"{kind}, {participation:.0%} of the clients", fontsize=9)
         axes.set_xlabel("MB in both directions, all clients (log scale)")
         tidy(axes)
@@ -280,6 +283,8 @@ def build_parser() -> Parser:
         help=f"{', '.join(PARTITIONS)} (default: all)")  # fmt: skip
     add("--participations", type=listed(float), default=[0.2, 0.05], metavar="LIST",
         help="shares of the clients in a round (default: 0.2,0.05)")  # fmt: skip
+    add("--local-steps", type=int, default=10, metavar="N",
+        help="steps of a client in a round (default: 10)")  # fmt: skip
     add("--rounds", type=int, default=1000, help="rounds of each run (default: 1000)")
     add("--tables", type=listed(int), default=[200, 1000], metavar="LIST",
         help="numbers of rounds of the tables (default: 200,1000)")  # fmt: skip
@@ -314,10 +319,12 @@ def wanted(options: Any) -> list[Run]:
         raise ValueError("--participations: from above 0 to 1")
     if options.rounds < AVERAGED * EVALUATE_EVERY or options.jobs < 1:
         raise ValueError(f"--rounds starts at {AVERAGED * EVALUATE_EVERY}, and --jobs at 1")
+    if options.local_steps < 1:
+        raise ValueError("--local-steps starts at 1")
     if not all(0 <= seed < 2**31 for seed in options.seeds):
         raise ValueError("--seeds: from 0 to 2147483647")
     return [
-        (kind, share, method, seed)
+        (kind, share, options.local_steps, method, seed)
         for seed in options.seeds
         for kind in options.partitions
         for share in options.participations
@@ -334,7 +341,7 @@ def main(arguments: list[str]) -> int:
         asked = wanted(options)
         check_folder(options.out)
         runs = read_runs(file)
-        missing = [what for what in asked if what not in runs]
+        missing = [w for w in asked if w not in runs or runs[w][-1].round < options.rounds]
         if missing:
             training_of(missing[0], options.rounds, options.data_dir)
     except (ValueError, DatasetMissing) as error:
@@ -354,11 +361,11 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             interrupted = True
             pool.shutdown(cancel_futures=True)
-    for kind, share in dict.fromkeys(what[:2] for what in asked):
+    for setting in dict.fromkeys(what[:3] for what in asked):
         for rounds in options.tables:
-            rows = rows_of(runs, kind, share, rounds)
+            rows = rows_of(runs, setting, rounds)
             if rows:
-                printer.print(table_of(rows, kind, share, rounds))
+                printer.print(table_of(rows, setting, rounds))
     if runs:
         draw(options.out, runs)
     printer.print(f"Results are in {options.out}.", soft_wrap=True)

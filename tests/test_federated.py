@@ -25,7 +25,7 @@ def images(tmp_path_factory):
 
 
 def training(images, rounds=4, participation=0.2):
-    return federated.training_of(("iid", participation, "dense", 0), rounds, str(images))
+    return federated.training_of(("iid", participation, 10, "dense", 0), rounds, str(images))
 
 
 def test_without_compression_both_directions_cost_what_dense_models_do(images):
@@ -72,12 +72,12 @@ def test_command_keeps_its_runs_and_writes_the_same_file_again(
 ):
     monkeypatch.setattr(federated, "make_pool", ThreadPoolExecutor)
     arguments = ["--partitions", "classes:3", "--participations", "0.1", "--rounds", "40"]
-    arguments += ["--tables", "40", "--seeds", "0", "--methods", "dense,subspace-both-model"]
+    arguments += ["--tables", "40", "--seeds", "0", "--methods", "dense,subspace-model"]
     arguments += ["--data-dir", str(images), "--jobs", "1"]
     assert federated.main([*arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "classes:3, 10% of 50 clients a round, 40 rounds" in printed
-    assert "subspace-both-model" in printed
+    assert "classes:3, 10% of 50 clients a round, 40 rounds of 10 steps" in printed
+    assert "subspace-model" in printed
     kept = (tmp_path / "federated.csv").read_text()
     with (tmp_path / "federated.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -98,6 +98,7 @@ def test_command_keeps_its_runs_and_writes_the_same_file_again(
         (["--methods", "sparse"], "--methods: 'sparse' is none of dense"),
         (["--partitions", "classes:2"], "none of iid, classes:3"),
         (["--participations", "0"], "from above 0 to 1"),
+        (["--local-steps", "0"], "--local-steps starts at 1"),
         (["--rounds", "10"], "--rounds starts at 40"),
         (["--data-dir", "nowhere"], "nowhere"),
     ],
