@@ -125,7 +125,7 @@ def frozen_quantised_weights(rank):
     # gloo has no float8, of which DistributedDataParallel would make a copy.
     float8 = ("float8", quantised(torch.float8_e4m3fn))
     CompressionState(ErrorFeedback(TopK(0.05)), [float8, *model.named_parameters()])
-    return sorted(set(dict(model.named_parameters())) - set(state.stats()["parameters"]))
+    return sorted(set(dict(model.named_parameters())) - set(state.stats(by_parameter=True)["parameters"]))
 
 
 @pytest.mark.timeout(120)
@@ -208,7 +208,7 @@ def ignored(rank):
             state = CompressionState(TopK(0.1), *given)
             model.register_comm_hook(state, compression_hook)
         train(model, rank, 2)
-        sent = state.stats()["parameters"]
+        sent = state.stats(by_parameter=True)["parameters"]
         # DistributedDataParallel ignores no parameter of the outermost module, whatever it is told.
         assert sent["module.gain"]["message_bytes"] > 0
         found.append(sent.get("module.layers.2.weight", {"message_bytes": 0})["message_bytes"])

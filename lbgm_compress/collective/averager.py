@@ -402,17 +402,22 @@ class Averager:
                         f"where rank {rank} has {b}"
                     )
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, by_parameter: bool = False) -> dict[str, Any]:
         """Return what this rank has sent since it was built, without the all-reduced steps.
+
+        Parameters
+        ----------
+        by_parameter
+            Add ``parameters``: the same by parameter, without the messages' own bytes.
 
         Returns
         -------
         dict
             ``message_bytes`` (whole messages) and ``dense_bytes`` (the gradients) of all steps,
-            their ``ratio``, ``recycled_share`` (the share of tensors sent as a coefficient alone),
-            and ``parameters``: the same by parameter, without the messages' own bytes.
+            their ``ratio``, and ``recycled_share`` (the share of tensors sent as a coefficient
+            alone).
         """
-        return self._traffic.stats()
+        return self._traffic.stats(by_parameter)
 
     def reset(self) -> None:
         """Forget all look-back gradients: the next step is sent in full. Residuals stay."""

@@ -37,11 +37,13 @@ class Traffic:
         positions = [self._positions[name] for name in sent.names]
         self._counts[positions] += np.stack([sent.sizes, dense, recycled, np.ones_like(dense)], 1)
 
-    def stats(self) -> dict[str, Any]:
-        """Return the sums, and those of each parameter: see `Averager.stats`."""
-        parameters = zip(self._positions, self._counts.tolist(), strict=True)
-        total = self._message_bytes, *self._counts[:, 1:].sum(0).tolist()
-        return {**_stats(*total), "parameters": {name: _stats(*of) for name, of in parameters}}
+    def stats(self, by_parameter: bool = False) -> dict[str, Any]:
+        """Return the sums, and those of each parameter if asked: see `Averager.stats`."""
+        total: dict[str, Any] = _stats(self._message_bytes, *self._counts[:, 1:].sum(0).tolist())
+        if by_parameter:
+            parameters = zip(self._positions, self._counts.tolist(), strict=True)
+            total["parameters"] = {name: _stats(*of) for name, of in parameters}
+        return total
 
 
 def _stats(message_bytes: int, dense_bytes: int, recycled: int, steps: int) -> dict[str, float]:
