@@ -184,6 +184,31 @@ def test_gradients_of_several_backward_passes_are_one_round(monkeypatch):
         assert_same_bits(dict(sorted(found.items())), dict(sorted(grads.items())))
 
 
+def test_backward_passes_within_a_step_of_an_optimizer_are_of_its_round(monkeypatch):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    expected = []
+
+    def backward(part):
+        loss = model(part).square().mean() / 2
+        loss.backward()
+        return loss
+
+    def train():
+        for _ in range(3):
+            optimizer.zero_grad()
+            first, second = x.split(4)
+            backward(first)
+            # As Lightning does.
+            optimizer.step(lambda part=second: backward(part))
+            expected.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    _, seen = observed(monkeypatch, model, train)
+    for found, grads in zip(seen, expected, strict=True):
+        assert_same_bits(dict(sorted(found.items())), dict(sorted(grads.items())))
+
+
 def test_parameters_without_a_gradient_and_other_optimizers_are_left_out(monkeypatch):
     model, other = network(), nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from lbgm_compress.compressors.lbgm import LBGM
 from lbgm_compress.compressors.parse import import_known, parse_compressor
@@ -45,12 +48,18 @@ class _Probes:
         self.not_observed: str | None = None
         """The reason why the parameters of an optimizer are not observed, if there is one."""
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._handle = register_optimizer_step_pre_hook(self._stepped)
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for probe in self.probes:
             probe.stepped(optimizer)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if optimizer in self._known:
             return
         self._known.add(optimizer)
@@ -68,7 +77,8 @@ class _Probes:
             self.not_observed = str(error)
 
     def close(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         for probe in self.probes:
             probe.close()
 

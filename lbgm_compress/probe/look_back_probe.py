@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from lbgm_compress._util.files import atomic_write
@@ -244,16 +244,17 @@ class LookBackProbe:
             weakref.finalize(self, handle.remove)
 
     def _listen(self) -> None:
-        """Register a hook that calls `stepped` whenever an optimizer steps."""
+        """Register a hook that calls `stepped` whenever an optimizer has stepped."""
+        # Not before the step: it may call a closure that has the backward pass.
         this = weakref.ref(self)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def stepping(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             probe = this()
             if probe is not None:
                 probe.stepped(optimizer)
 
-        self._handles.append(register_optimizer_step_pre_hook(stepping))
+        self._handles.append(register_optimizer_step_post_hook(after_step))
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -261,7 +262,7 @@ class LookBackProbe:
         self._handles = []
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """End a round before a step of this optimizer; a hook calls it, unless `updates`."""
+        """End a round after a step of this optimizer; a hook calls it, unless `updates`."""
         if not self._fresh:
             return
         with self._guarded():
