@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["CONTEXT", "Failed", "run_ranks"]
+__all__ = ["CONTEXT", "Failed", "as_torchrun", "run_ranks"]
 
 # A server that has imported what ranks need forks them: they start in milliseconds, and inherit
 # neither the tests' threads nor their open files.
@@ -94,6 +94,15 @@ def run_ranks(
         for rank, result in enumerate(results):
             assert not isinstance(result, Failed), f"rank {rank}: {result!r}"
     return results
+
+
+def as_torchrun(rank: int, world: int) -> None:
+    """Set the variables by which frameworks see that this process is a rank."""
+    for name, value in (
+        *(("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)),
+        *(("LOCAL_WORLD_SIZE", world), ("OMP_NUM_THREADS", 1)),
+    ):
+        os.environ[name] = str(value)
 
 
 def _main(
