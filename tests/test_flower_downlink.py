@@ -183,7 +183,7 @@ def test_clients_that_clip_do_so_with_both_directions_compressed(where):
         assert np.allclose(results[1][parameter], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("first", ["float32", "float16"])
+@pytest.mark.parametrize("first", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("downlink", [SUBSPACES, TopK(0.05, "int2"), LBGM(TopK(0.1))], ids=repr)
 def test_every_client_holds_the_server_s_model_bit_for_bit_in_every_round(downlink, first):
     grid = Watched(4)
@@ -374,9 +374,9 @@ def test_history_bounds_what_is_kept_and_costs_whole_models():
         assert len(grid.seen) == 12
 
 
-def test_first_model_in_half_precision_is_half_as_large_and_the_rest_follows():
+def test_first_model_in_fewer_bits_is_shorter_and_the_rest_follows():
     sizes, gaps = [], []
-    for first in ("float32", "float16"):
+    for first in ("float32", "float16", "int8"):
         grid = Watched(2, noise=0.0)
         arrays = arrays_of(wide=np.random.default_rng(0).normal(size=(200, 100)).astype("float32"))
         strategy = both_ways(compressor=Identity(), downlink=Identity(), first=first)
@@ -387,21 +387,47 @@ def test_first_model_in_half_precision_is_half_as_large_and_the_rest_follows():
     assert 0.5 < sizes[1] / sizes[0] < 0.55
     assert gaps[0] < 1e-6
     assert 0 < gaps[1] < 2e-3
+    assert 0.25 < sizes[2] / sizes[0] < 0.29
+    assert 0 < gaps[2] < 2e-3
 
 
-def test_update_that_was_cut_short_or_changed_is_refused():
+def test_clients_that_come_later_are_sent_the_first_model_in_int8_and_all_messages_since():
+    wide = np.random.default_rng(0).normal(size=(200, 100)).astype(np.float32)
+    arrays = arrays_of(wide=wide, counter=np.array(3))
+    grid = Watched(5)
+    everyone = dict(grid.contexts)
+    inner = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+    strategy = both_ways(inner, first="int8")
+    for count in range(1, 6):
+        grid.contexts = dict(list(everyone.items())[:count])
+        arrays = grid.start(strategy, arrays).arrays
+    assert grid.wholes() == dict.fromkeys(everyone, 1)
+    assert len(grid.seen) == 2 * (1 + 2 + 3 + 4 + 5)
+    wholes = [array for _, _, array in grid.sent if is_whole(array)]
+    updates = [PackedUpdate.unpack(array).update for array in wholes]
+    assert len({update.version for update in updates}) == 1
+    assert [len(update.messages) for update in updates] == [0, 1, 2, 3, 4]
+    # The rest are scales, names and the settings of the format.
+    for array, update in zip(wholes, updates, strict=True):
+        messages = sum(message.numel() for message in update.messages)
+        assert 21_230 < len(array.data) - messages < 1.1 * 21_230
+
+
+@pytest.mark.parametrize("first", ["float32", "int8"])
+def test_update_that_was_cut_short_or_changed_is_refused(first):
     rng = random.Random(0)
     model = {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays_of().items()}
-    publisher = Publisher(SUBSPACES)
+    publisher = Publisher(SUBSPACES, first=first)
     versions = [publisher.publish(model)]
     versions.append(publisher.publish({name: value + 1 for name, value in model.items()}))
     exact = [np.arange(6).reshape(2, 3), np.zeros((0, 5)), np.array(True)]
     names = (*model, "a", "b", "c")
     for held in (None, versions[0]):
         packed = PackedUpdate(publisher.update(held), exact, None if held else names)
-        array = packed.pack("float32")
+        array = packed.pack(first)
         found = PackedUpdate.unpack(array)
         assert isinstance(found.update, Chain if held else Whole)
+        assert_same_bits(list(found.update.messages), list(packed.update.messages))
         for ours, theirs in zip(found.exact, exact, strict=True):
             assert ours.dtype == theirs.dtype
             assert np.array_equal(ours, theirs)
@@ -526,7 +552,7 @@ def test_no_client_ever_trains_from_a_wrong_model_and_a_fault_costs_one_dense_mo
     seed, tmp_path, monkeypatch
 ):
     """A random walk of 100 rounds over faults of clients, messages and the server."""
-    rng = random.Random(seed)
+    rng, first = random.Random(seed), ("float16", "int8")[seed]
     grid = Walk(rng, tmp_path / "machines", 5)
     wide = np.random.default_rng(0).normal(size=(200, 100)).astype(np.float32)
     arrays = arrays_of(wide=wide, counter=np.array(3))
@@ -541,7 +567,7 @@ def test_no_client_ever_trains_from_a_wrong_model_and_a_fault_costs_one_dense_mo
 
     def made(state=None):
         inner = FedAvg(0.6, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-        strategy = both_ways(inner, first="float16")
+        strategy = both_ways(inner, first=first)
         if state is not None:
             strategy.load_state_dict(state)
         return strategy
@@ -926,7 +952,7 @@ def test_client_trains_from_the_model_plus_what_it_has_not_sent(downlink, tmp_pa
             "decay of 1",
         ),
         ({"residual": "disk"}, ValueError, "must be 'memory' or 'model'"),
-        ({"first": "int8"}, ValueError, "first must be"),
+        ({"first": "int4"}, ValueError, "first must be"),
         ({"history": -1}, ValueError, "history"),
         ({"downlink": UPLINK}, ValueError, "leave out ErrorFeedback"),
         ({"downlink": SignSGD(vote=True)}, ValueError, "scaled=True"),

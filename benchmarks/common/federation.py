@@ -123,10 +123,11 @@ class Downlink:
         size = 0
         for client in clients:
             update = self._publisher.update(self._versions.get(client))
+            size += HEAD + LENGTH * len(update.messages)
             if isinstance(update, Whole):
-                size += HEAD + self._publisher.whole_bytes()
+                size += self._publisher.whole_bytes()
             else:
-                size += HEAD + sum(LENGTH + message.numel() for message in update.messages)
+                size += sum(message.numel() for message in update.messages)
             self._versions[client] = self._publisher.version
         return size
 

@@ -8,7 +8,8 @@ decodes to. So what a message loses is in the next difference, and there is no r
 Each message makes a version of w. A version is named by a hash of the version before and the
 message, so that no two models have one name, also after the server has returned to an older state.
 A client that missed messages is sent those that it lacks, in order, or the whole of w where that is
-shorter (`Publisher.update`).
+shorter (`Publisher.update`). With ``first="int8"`` the first version can travel in int8, and all
+messages since follow it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import itertools
 import secrets
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +30,12 @@ from lbgm_compress.compressor import Compressor, check_compressor, check_gradien
 from lbgm_compress.endpoints.receiver import Receiver
 from lbgm_compress.endpoints.sender import Sender
 from lbgm_compress.wire.errors import OutOfSyncError
-from lbgm_compress.wire.values import as_bytes
+from lbgm_compress.wire.values import as_bytes, decode_values, encode_values, values_size
 
-__all__ = ["Chain", "Publisher", "Subscriber", "Whole", "travels_in_half"]
+__all__ = ["Chain", "Publisher", "Subscriber", "Whole", "decoded", "travels_in_half"]
 
 VERSION_SIZE = 16
-PRECISIONS = "float32", "float16"
+PRECISIONS = "float32", "float16", "int8"
 # The name of the server at its clients' receivers.
 SERVER = 0
 
@@ -43,10 +45,19 @@ class Whole(NamedTuple):
 
     version: bytes
     model: dict[str, Tensor]
-    """The tensors of w by name. With ``first="float16"`` those of which `travels_in_half` is true
-    lose nothing in half precision."""
+    """The tensors of w by name. Those of which `travels_in_half` is true, and which are not in
+    `coded`, lose nothing in half precision."""
     state: dict[str, Any]
     """What later messages look back at: a nested dict of tensors and numbers."""
+    coded: Mapping[str, Tensor] = MappingProxyType({})
+    """Sections in int8 (`lbgm_compress.wire.values`), flat uint8, that `decoded` turns into tensors
+    of `model`."""
+    messages: tuple[Tensor, ...] = ()
+    """Messages that follow, as those of a `Chain`."""
+
+    def versions(self) -> list[bytes]:
+        """Return the names of all versions from `version` to the last."""
+        return Chain(self.version, self.messages).versions()
 
 
 class Chain(NamedTuple):
@@ -74,9 +85,11 @@ class Publisher:
         Compresses the difference of x and w, for example ``LookBackSubspace(4, values="int4")``. It
         needs no error feedback.
     first
-        The precision in which a whole model travels, "float32" (its own) or "float16". In float16,
-        w is rounded to half precision in every version, and the next message carries what
-        rounding lost. A tensor with elements beyond its range is left as it is.
+        The precision in which a whole model travels: "float32" (its own), "float16" or "int8". In
+        float16, w is rounded to half precision in every version, and the next message carries what
+        rounding lost. A tensor with elements beyond its range is left as it is. "int8" is the same,
+        and rounds the first version to int8: as long as that version and all messages since are
+        shorter than a whole model in float16, they travel in its place.
     history
         The largest number of bytes of messages to keep for clients that missed some. More than the
         size of a whole model is never kept, since a whole model is then shorter.
@@ -108,7 +121,7 @@ class Publisher:
                 "message carries what this one lost: leave out ErrorFeedback"
             )
         if first not in PRECISIONS:
-            raise ValueError(f"first must be 'float32' or 'float16', not {first!r}")
+            raise ValueError(f"first must be 'float32', 'float16' or 'int8', not {first!r}")
         if history is not None:
             check_whole("history", history, 0)
         self.compressor = compressor
@@ -118,6 +131,9 @@ class Publisher:
         self.model: dict[str, Tensor] = {}
         # The version before each message, and the message; the oldest first.
         self._messages: dict[bytes, Tensor] = {}
+        # The tensors of the first version, or their sections in int8, as long as new clients are
+        # sent these and all messages.
+        self._begun: dict[str, Tensor] = {}
         self._published = b""
         self._sender = Sender(compressor)
         self._receiver: Receiver | None = None
@@ -160,6 +176,11 @@ class Publisher:
 
     def _begin(self, given: Mapping[str, Tensor]) -> None:
         self.model = {name: _rounded(tensor, self.first) for name, tensor in given.items()}
+        self._begun = {}
+        if self.first == "int8":
+            coded = {name: _section(tensor) for name, tensor in given.items() if _shrinks(tensor)}
+            self.model |= {name: decoded(coded[name], given[name]) for name in coded}
+            self._begun = {**self.model, **coded} if coded else {}
         self.version = secrets.token_bytes(VERSION_SIZE)
         self._messages = {}
         self._sender = Sender(self.compressor)
@@ -171,11 +192,14 @@ class Publisher:
         self.model = _moved(self._receiver, message, self.model, self.first)
         self._messages[self.version] = message
         self.version = _hash(self.version, message)
-        limit = self.whole_bytes()
+        limit = whole = self._now_bytes()
         if self.history is not None:
             limit = min(limit, self.history)
+        if self.whole_bytes() > whole:
+            self._begun = {}
         while self._messages and self.held_bytes() > limit:
             del self._messages[next(iter(self._messages))]
+            self._begun = {}
 
     def knows(self, version: bytes) -> bool:
         """Return whether a version is the current one, or one from which messages are kept."""
@@ -204,6 +228,11 @@ class Publisher:
             versions = list(self._messages)
             kept = versions[versions.index(version) :]
             return Chain(version, tuple(self._messages[one] for one in kept))
+        if self._begun:
+            coded = {n: t for n, t in self._begun.items() if t.dtype == torch.uint8}
+            model = self._begun | {name: decoded(coded[name], self.model[name]) for name in coded}
+            base = next(iter(self._messages), self.version)
+            return Whole(base, model, {}, coded, tuple(self._messages.values()))
         state = self._receiver.state_dict()["senders"].get(SERVER, {})
         return Whole(self.version, dict(self.model), state)
 
@@ -212,7 +241,13 @@ class Publisher:
         return sum(message.numel() for message in self._messages.values())
 
     def whole_bytes(self) -> int:
-        """Return the size of a whole model as it travels, with what messages look back at."""
+        """Return the size of what a client needs that holds nothing."""
+        if self._begun:
+            return tensor_bytes(self._begun) + self.held_bytes()
+        return self._now_bytes()
+
+    def _now_bytes(self) -> int:
+        """Return the size of w, with what messages look back at."""
         assert self._receiver is not None
         state = tensor_bytes(self._receiver.state_dict()["senders"])
         return state + sum(
@@ -230,6 +265,7 @@ class Publisher:
             "published": self._published.hex(),
             "model": dict(self.model),
             "messages": {version.hex(): message for version, message in self._messages.items()},
+            "begun": dict(self._begun),
             "sender": self._sender.state_dict(),
             "receiver": {} if self._receiver is None else self._receiver.state_dict(),
         }
@@ -256,6 +292,8 @@ class Publisher:
         messages = {bytes.fromhex(key): message for key, message in state["messages"].items()}
         self.version, self._published = versions
         self.model, self._messages = dict(state["model"]), messages
+        # States of older releases do not hold it.
+        self._begun = dict(state.get("begun", {}))
         self._sender, self._receiver = sender, receiver
 
 
@@ -294,26 +332,25 @@ class Subscriber:
         PayloadError
             If a message cannot be decoded. After any error nothing has changed.
         """
-        if isinstance(update, Whole):
-            receiver = Receiver(self.compressor, update.model)
+        receiver, version, model = self._receiver, self.version, self.model
+        versions = update.versions()
+        if isinstance(update, Whole) and version not in versions:
+            version, model = update.version, update.model
+            receiver = Receiver(self.compressor, model)
             senders = {SERVER: update.state} if update.state else {}
             receiver.load_state_dict({**receiver.state_dict(), "senders": senders})
-            self._receiver, self.version, self.model = receiver, update.version, update.model
-            return
-        versions = update.versions()
-        if self._receiver is None or self.version not in versions:
+        if receiver is None or version not in versions:
             raise OutOfSyncError("the client does not hold a version that this update begins with")
-        lacking = update.messages[versions.index(self.version) :]
-        model = self.model
-        self._receiver.begin_step()
+        lacking = update.messages[versions.index(version) :]
+        receiver.begin_step()
         try:
             for message in lacking:
-                model = _moved(self._receiver, message, model, self.first)
+                model = _moved(receiver, message, model, self.first)
         except BaseException:
-            self._receiver.undo()
+            receiver.undo()
             raise
-        self._receiver.commit()
-        self.version, self.model = versions[-1], model
+        receiver.commit()
+        self._receiver, self.version, self.model = receiver, versions[-1], model
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a nested dict of tensors, numbers and strings."""
@@ -338,9 +375,31 @@ class Subscriber:
         self.apply(Whole(bytes.fromhex(state["version"]), dict(state["model"]), state["state"]))
 
 
+def decoded(section: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor of a section in int8, of the shape and dtype of another.
+
+    Raises
+    ------
+    PayloadError
+        If it is not a section for such a tensor.
+    """
+    found = decode_values(section, like.numel(), "int8", like.dtype)
+    return found.view(like.shape)
+
+
+def _section(tensor: Tensor) -> Tensor:
+    return encode_values(tensor.reshape(-1), "int8")[0]
+
+
+def _shrinks(tensor: Tensor) -> bool:
+    """Return whether a tensor can travel in int8, and is then shorter than in float16."""
+    size = values_size(tensor.numel(), "int8", tensor.dtype)
+    return size < 2 * tensor.numel() and bool(tensor.isfinite().all())
+
+
 def travels_in_half(tensor: Tensor, first: str) -> bool:
     """Return whether a tensor of w loses nothing in float16."""
-    if first != "float16" or tensor.dtype not in (torch.float32, torch.float64):
+    if first == "float32" or tensor.dtype not in (torch.float32, torch.float64):
         return False
     return bool(tensor.numel() and tensor.abs().amax() <= torch.finfo(torch.float16).max)
 

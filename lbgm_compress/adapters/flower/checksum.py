@@ -27,7 +27,7 @@ CHECKSUM_SIZE = SUMS.size
 # The largest distance of two models that count as equal, as a share of the norm. Another processor
 # rounds float32 otherwise by 1e-7 a message. Where w is rounded to float16, an element in some
 # thousands is then rounded the other way, by 5e-4.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-3}
+TOLERANCE = {"float32": 1e-4, "float16": 1e-3, "int8": 1e-3}
 
 
 class Checksum(NamedTuple):

@@ -14,7 +14,7 @@ from lbgm_compress.adapters.flower.models import Models
 from lbgm_compress.adapters.flower.reply import NDArray
 from lbgm_compress.adapters.flower.request import KEY, Request
 from lbgm_compress.adapters.flower.update import PackedUpdate
-from lbgm_compress.endpoints.downlink import Chain, Subscriber, Whole
+from lbgm_compress.endpoints.downlink import Chain, Subscriber
 from lbgm_compress.wire.errors import OutOfSyncError
 
 __all__ = ["receive_model"]
@@ -72,7 +72,7 @@ def _bring(
     whether it must be kept.
     """
     update = packed.update
-    versions = [update.version] if isinstance(update, Whole) else update.versions()
+    versions = update.versions()
     for version in reversed(versions):
         state = models.read(version)
         held = None if state is None else _held(subscriber, state)

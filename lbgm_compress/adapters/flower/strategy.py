@@ -117,8 +117,9 @@ class CompressedStrategy(Strategy):
         `exclude` names, and those of other dtypes, are sent as they are. None sends the model as
         the inner strategy does.
     first
-        The precision in which a whole model travels, "float32" (its own) or "float16". With
-        float16, the next message carries what rounding lost.
+        The precision in which a whole model travels: "float32" (its own), "float16" or "int8". The
+        next message carries what rounding lost. With "int8", clients get the first model of the
+        training in int8 and all messages since, as long as that is shorter than float16.
     history
         The largest number of bytes of messages to keep for clients that missed some. More than the
         size of a whole model is never kept. None is no other limit.
@@ -135,7 +136,7 @@ class CompressedStrategy(Strategy):
     ValueError
         If a bound is negative; if the compressor does more to an average than the inner strategy
         would (``SignSGD(vote=True)``); or if a client could not build the compressor from its
-        expression; if `downlink` keeps a residual; if `first` or `residual` is neither of its two
+        expression; if `downlink` keeps a residual; if `first` or `residual` is none of its
         values, or ``residual="model"`` without an `ErrorFeedback` of decay 1 around all else.
     """
 

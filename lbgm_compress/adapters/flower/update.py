@@ -8,7 +8,8 @@ An update is one array of bytes in an ArrayRecord of its own, with the stype `ST
     ...    the number of arrays that are sent exactly, and for each its dtype (one byte, an index
            into `reply.DTYPES`), its number of dimensions, their sizes, and its elements as they are
            in memory, row by row
-    ...    the whole model: a state of `archive.pack_state`
+    ...    the whole model: a state of `archive.pack_state`; with ``first="int8"`` the messages that
+           follow are in it
     ...    or a chain: the version before the first message (16 bytes), the number of messages, the
            size of each, and the messages
 
@@ -30,7 +31,14 @@ from torch import Tensor
 
 from lbgm_compress.adapters.flower.archive import pack_state, unpack_state
 from lbgm_compress.adapters.flower.reply import DTYPES, NDArray, native
-from lbgm_compress.endpoints.downlink import VERSION_SIZE, Chain, Update, Whole, travels_in_half
+from lbgm_compress.endpoints.downlink import (
+    VERSION_SIZE,
+    Chain,
+    Update,
+    Whole,
+    decoded,
+    travels_in_half,
+)
 
 __all__ = ["PackedUpdate"]
 
@@ -74,17 +82,24 @@ class PackedUpdate(NamedTuple):
 
     def _whole(self, whole: Whole, first: str) -> dict[str, Any]:
         halved = {
-            name: str(tensor.dtype).removeprefix("torch.")
+            name: _dtype(tensor)
             for name, tensor in whole.model.items()
-            if travels_in_half(tensor, first)
+            if name not in whole.coded and travels_in_half(tensor, first)
         }
-        return {
+        model = {n: t.half() if n in halved else t for n, t in whole.model.items()}
+        state: dict[str, Any] = {
             "names": self.names,
             "version": whole.version.hex(),
             "halved": halved,
-            "model": {n: t.half() if n in halved else t for n, t in whole.model.items()},
+            "model": {**model, **whole.coded},
             "state": whole.state,
         }
+        if whole.coded:
+            likes = {name: whole.model[name] for name in whole.coded}
+            state["coded"] = {n: (_dtype(t), tuple(t.shape)) for n, t in likes.items()}
+            state["sizes"] = [message.numel() for message in whole.messages]
+            state["messages"] = torch.cat([torch.empty(0, dtype=torch.uint8), *whole.messages])
+        return state
 
     @staticmethod
     def unpack(array: Array) -> PackedUpdate:
@@ -121,9 +136,16 @@ def _read_whole(exact: Sequence[NDArray], state: Mapping[str, Any]) -> PackedUpd
             name: tensor.to(getattr(torch, state["halved"].get(name, ""), tensor.dtype))
             for name, tensor in state["model"].items()
         }
-        whole = Whole(bytes.fromhex(state["version"]), model, dict(state["state"]))
+        coded = {}
+        for name, (dtype, shape) in state.get("coded", {}).items():
+            coded[name] = model[name]
+            like = torch.empty((), dtype=getattr(torch, dtype)).expand(shape)
+            model[name] = decoded(coded[name], like)
+        messages = state["messages"].split(list(state["sizes"])) if coded else ()
+        version = bytes.fromhex(state["version"])
+        whole = Whole(version, model, dict(state["state"]), coded, messages)
         return PackedUpdate(whole, exact, tuple(state["names"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the server's model cannot be read: {error!r}") from None
 
 
@@ -160,6 +182,10 @@ class _Reader:
         shape = [self.number() for _ in range(ndim)]
         elements = bytearray(self.take(math.prod(shape) * dtype.itemsize))
         return np.frombuffer(elements, dtype=dtype).reshape(shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _number(value: int) -> bytes:
