@@ -1,0 +1,1 @@
+"""The federation of `federated.py`, in a deployment of Flower."""
