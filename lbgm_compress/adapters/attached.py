@@ -105,8 +105,8 @@ class AttachedCompression:
         """
         if not isinstance(model, DistributedDataParallel):
             raise TypeError(
-                "gradients are compressed where DistributedDataParallel averages them, and the "
-                f"model is in no such wrapper but is a {type(model).__name__}: {advice}"
+                "gradients are compressed where DistributedDataParallel averages them, and this "
+                f"model is a {type(model).__name__}: {advice}"
             )
         if self.state is None or self._model() is not model:
             if self.state is not None and self._saved is None and self._module() is model.module:
