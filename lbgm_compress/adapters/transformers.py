@@ -200,8 +200,9 @@ class ProbeCallback(TrainerCallback):
     ) -> None:
         """End the observation, and print the report on the main process."""
         report = self._attached.stop()
-        if state.is_world_process_zero:
-            print(report)
+        if report is not None and state.is_world_process_zero:
+            # The line of the progress bar has no end yet.
+            print(f"\n{report}", flush=True)
 
 
 def _name(rank: int) -> str:
