@@ -104,17 +104,19 @@ class CountingProxy:
         if up:
             if connection.answered:
                 found = PATH.match(data)
-                connection.name = found[1].decode() if found else "other"
+                name = found[1].decode() if found else "other"
+                # There is no message until an answer has one.
+                connection.name = IDLE if name == PULL else name
                 connection.current, connection.answered = Traffic(), False
                 self._add(connection.name, connection.current, Traffic(requests=1))
             self._add(connection.name, connection.current, Traffic(up=len(data)))
             return
         if not connection.answered:
             connection.answered = True
-            if connection.name == PULL and b"content-length: 0\r\n" in data.lower():
-                self._traffic[PULL].add(connection.current, -1)
-                connection.name = IDLE
-                self._add(IDLE, Traffic(), connection.current)
+            if connection.name == IDLE and b"content-length: 0\r\n" not in data.lower():
+                self._traffic[IDLE].add(connection.current, -1)
+                connection.name = PULL
+                self._add(PULL, Traffic(), connection.current)
         self._add(connection.name, connection.current, Traffic(down=len(data)))
 
     def _add(self, name: str, current: Traffic, more: Traffic) -> None:
