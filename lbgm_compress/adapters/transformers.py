@@ -102,11 +102,19 @@ class CompressionCallback(TrainerCallback):
             self._resume(Path(checkpoint), args.process_index)
         model = trainer.model_wrapped
         scaler = trainer.accelerator.scaler
-        self._attached.register(
-            getattr(model, "_orig_mod", model),
-            _advice(trainer),
-            1.0 if scaler is None else scaler.get_scale,
-        )
+        try:
+            self._attached.register(
+                getattr(model, "_orig_mod", model),
+                _advice(trainer),
+                1.0 if scaler is None else scaler.get_scale,
+            )
+        except ValueError as error:
+            if checkpoint is None:
+                raise
+            raise ValueError(
+                f"{error}: to go on without the states in {checkpoint}, delete its files "
+                f"{_name('*')}"
+            ) from None
         # The Trainer puts callbacks for TensorBoard and others before those that it is given, and
         # `on_log` has to change the logs before these read them.
         callbacks = trainer.callback_handler.callbacks
@@ -205,7 +213,7 @@ class ProbeCallback(TrainerCallback):
             print(f"\n{report}", flush=True)
 
 
-def _name(rank: int) -> str:
+def _name(rank: int | str) -> str:
     return f"compression-rank{rank}.pt"
 
 
