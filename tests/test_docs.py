@@ -40,6 +40,19 @@ PROGRAMS = {
         )
     ],
     "grace": [*HOROVOD, pytest.mark.grace, needs_checkout],
+    "lightning": [
+        pytest.mark.skipif(
+            importlib.util.find_spec("lightning") is None, reason="Lightning is not installed"
+        )
+    ],
+    **{
+        name: [
+            pytest.mark.skipif(
+                importlib.util.find_spec(name) is None, reason=f"{name} is not installed"
+            )
+        ]
+        for name in ("transformers", "accelerate")
+    },
 }
 END = "dist.destroy_process_group()\n"
 
@@ -86,8 +99,9 @@ def name_of(page: Path) -> str:
 WITH_PYTHON = [
     page
     for page in PAGES
-    # tests/test_nvflare.py runs the programs of its guide.
-    if blocks(page, "python") and page not in [guide(name) for name in (*PROGRAMS, "nvflare")]
+    # tests/test_nvflare.py and tests/test_frameworks.py run the programs of their guides.
+    if blocks(page, "python")
+    and page not in [guide(name) for name in (*PROGRAMS, "nvflare", "ray")]
 ]
 
 
@@ -150,7 +164,7 @@ def run_program(rank: int, path: str, more: str | None) -> None:
 def test_program_of_guide_runs_before_and_after_the_change(name, sign, tmp_path):
     path = tmp_path / "train.py"
     path.write_text(program_of(name, sign))
-    if name not in ("ddp", "diloco", "fsdp"):
+    if name in ("horovod", "grace"):
         run_horovod(run_program, 2, str(path), checkout() if name == "grace" else None)
         return
     ranks = f"--nproc-per-node={4 if name == 'fsdp' else 2}"
@@ -242,6 +256,10 @@ def test_names_of_the_package_on_a_page_exist(page):
         if "flower" in name and importlib.util.find_spec("flwr") is None:
             continue
         if "nvflare" in name and importlib.util.find_spec("nvflare") is None:
+            continue
+        if "lightning" in name and importlib.util.find_spec("lightning") is None:
+            continue
+        if "transformers" in name and importlib.util.find_spec("transformers") is None:
             continue
         assert pkgutil.resolve_name(name) is not None
 
