@@ -125,7 +125,9 @@ def frozen_quantised_weights(rank):
     # gloo has no float8, of which DistributedDataParallel would make a copy.
     float8 = ("float8", quantised(torch.float8_e4m3fn))
     CompressionState(ErrorFeedback(TopK(0.05)), [float8, *model.named_parameters()])
-    return sorted(set(dict(model.named_parameters())) - set(state.stats(by_parameter=True)["parameters"]))
+    return sorted(
+        set(dict(model.named_parameters())) - set(state.stats(by_parameter=True)["parameters"])
+    )
 
 
 @pytest.mark.timeout(120)
