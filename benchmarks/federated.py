@@ -55,6 +55,10 @@ METHODS = {"dense": Method(Identity(), None, "float32", "memory")} | {
     for name, (up, down) in PAIRS.items()
     for residual in ("memory", "model")
 }
+METHODS |= {
+    f"{name}-int8": METHODS[name]._replace(first="int8")
+    for name in ("coarse-subspace-model", "wide-subspace-model")
+}
 
 
 class Evaluation(NamedTuple):
