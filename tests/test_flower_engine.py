@@ -157,6 +157,35 @@ def test_every_client_holds_the_server_s_model_in_every_round(
         assert max(sent[1:]) < 0.2
 
 
+@pytest.mark.parametrize("downlink", ["", "Identity()"], ids=["up", "both"])
+@pytest.mark.timeout(700)
+def test_personal_arrays_stay_at_each_client_from_process_to_process(
+    downlink, simulation, tmp_path
+):
+    """Clients are processes that end with each message; their heads go on from what they had."""
+    config = {"out": str(tmp_path), "compressor": "Identity()", "downlink": downlink}
+    config |= {"rounds": 3, "evaluate": 1.0, "fraction": 0.5, "clients": 4, "timeout": 200.0}
+    config["personal"] = "head.*"
+    options = ["--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+    simulation.run(JOB, config, *options, timeout=650)
+    arrays, partitions, lines = results_of(tmp_path)
+    assert all(line["failed-replies"] == line["rejected-replies"] == 0 for line in lines)
+    initial = np.linspace(-1, 1, 20, dtype=np.float32)
+    assert np.array_equal(arrays.pop("head.weight"), initial)
+    assert_close(arrays, plain_fedavg(partitions))
+    receding, heads = Receding(noise=0.0, rate=0.3), dict.fromkeys(range(4), initial)
+    for number, chosen in enumerate(partitions, start=1):
+        for partition in chosen:
+            found = np.load(tmp_path / f"head-train-{number}-{partition}.npy")
+            assert np.array_equal(found, heads[partition])
+            # The target of a training depends on the array's place, which is the fourth.
+            model = {**dict.fromkeys("abc", initial), "head.weight": heads[partition]}
+            heads[partition] = receding(model, partition)["head.weight"]
+        for partition, head in heads.items():
+            found = np.load(tmp_path / f"head-evaluate-{number}-{partition}.npy")
+            assert np.array_equal(found, head)
+
+
 def test_example_runs_in_simulation_and_leaves_its_results(simulation, tmp_path):
     config = {"out": str(tmp_path), "num-server-rounds": 6}
     log = simulation.run(

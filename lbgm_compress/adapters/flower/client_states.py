@@ -74,6 +74,8 @@ class ClientStates:
         # up to `_unknown_until` that is not remembered.
         self._applied: dict[int, int] = {}
         self._unknown_until = 0
+        # Of these, clients that have said since that they hold nothing.
+        self._lost: set[int] = set()
         # In the order of their last replies, the oldest first.
         self._clients: dict[int, _Client] = {}
         self._bytes = 0
@@ -161,7 +163,17 @@ class ClientStates:
 
     def set_applied(self, nodes: Iterable[int]) -> None:
         """Remember that the replies of these clients in this round went into the model."""
-        self._applied.update(dict.fromkeys(nodes, self.rounds))
+        applied = dict.fromkeys(nodes, self.rounds)
+        self._applied.update(applied)
+        self._lost -= applied.keys()
+
+    def has_state(self, node: int) -> bool:
+        """Return whether a client has a state of this training, as far as is known."""
+        return node in self._applied and node not in self._lost
+
+    def set_lost(self, node: int) -> None:
+        """Remember that a client has no state of this training."""
+        self._lost.add(node)
 
     def end_round(self) -> None:
         """Drop states that are too old, and the oldest ones as long as the limit is exceeded.
@@ -180,6 +192,7 @@ class ClientStates:
                 for node, number in self._applied.items()
                 if number > self._unknown_until
             }
+        self._lost &= self._applied.keys()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all states as a nested dict of tensors, numbers and strings."""

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Array
 
 from lbgm_compress.adapters.flower.checksum import Checksum
-from lbgm_compress.adapters.flower.claim import OUT_OF_SYNC, take_claim
+from lbgm_compress.adapters.flower.claim import take_claim
 from lbgm_compress.adapters.flower.reply import compressible, tensor_of
 from lbgm_compress.adapters.flower.round import Received, Sent
 from lbgm_compress.adapters.flower.update import PackedUpdate
@@ -123,10 +123,9 @@ class Downlink:
             if reply.asked is None:
                 continue
             node = reply.asked.message.metadata.dst_node_id
-            if reply.message.has_error():
-                if (reply.message.error.reason or "").startswith(OUT_OF_SYNC):
-                    self._clients.pop(node, None)
-                    logger.info("compression: client %s is sent the whole model next", node)
+            if reply.out_of_sync:
+                self._clients.pop(node, None)
+                logger.info("compression: client %s is sent the whole model next", node)
             elif claim is not None:
                 size += len(claim)
                 self._clients.pop(node, None)

@@ -19,6 +19,13 @@ from lbgm_compress.adapters.flower.claim import OUT_OF_SYNC, add_claim
 from lbgm_compress.adapters.flower.client_states import layout_of
 from lbgm_compress.adapters.flower.last_message import give_back, last_message
 from lbgm_compress.adapters.flower.models import Models
+from lbgm_compress.adapters.flower.personal import (
+    Personal,
+    pack_personal,
+    placed,
+    take_personal,
+    unpack_personal,
+)
 from lbgm_compress.adapters.flower.receiving import receive_model
 from lbgm_compress.adapters.flower.reply import (
     NDArray,
@@ -36,8 +43,8 @@ from lbgm_compress.wire.errors import PayloadError
 
 __all__ = ["CompressionMod", "compression_mod"]
 
-# The key of the last message in a saved state, beside those of the sender.
-LAST = "last"
+# Keys of the last message and the personal arrays in a saved state, beside those of the sender.
+LAST, PERSONAL = "last", "personal"
 ClientAppCallable = Callable[[Message, Context], Message]
 logger = logging.getLogger("flwr")
 
@@ -47,7 +54,7 @@ class CompressionMod:
 
     Put it first into the list of mods, so that the changes of the others, such as clipping and
     noise, are compressed too. Messages that do not come from a `CompressedStrategy` pass through
-    unchanged, and so do queries, and evaluation unless the strategy has a `downlink`.
+    unchanged, and so do queries, and evaluation unless the strategy has a `downlink` or `personal`.
 
     With a `downlink`, the mod rebuilds the model before the app sees a message. It keeps the model
     in a file that the clients of one machine share, for the last three versions of each training:
@@ -59,6 +66,11 @@ class CompressionMod:
     look-back gradients, and a residual of the model's size for each `ErrorFeedback`. By default
     the state is in ``context.state``, which Flower keeps for the run and moves through its messages
     inside the client in every round.
+
+    Personal arrays, which the strategy names, never leave the client. The app sees them among the
+    others, and must return them after training; what it returned is kept with the state, and is
+    what it sees next. A client that has none, because its state is lost, replies with an error, and
+    is sent the server's initial arrays the next time.
 
     With error feedback, the mod also keeps its last message and, if decoding it needs that, what
     its receiver held before it, both compressed. If the message did not go into the model, because
@@ -134,22 +146,29 @@ class CompressionMod:
         try:
             request = Request.unpack(asked, self.compressors)
             _one_record(msg, "message")
-            if request.downlink is not None:
-                try:
-                    claim = receive_model(msg, request, self._models(request))
-                except (ValueError, OSError) as error:
-                    return _failed(error, msg, OUT_OF_SYNC)
         except ValueError as error:
             return _failed(error, msg)
+        try:
+            personal = self._personal(msg, ctxt, request)
+            if request.downlink is not None:
+                claim = receive_model(msg, request, self._models(request))
+        except (ValueError, OSError) as error:
+            return _failed(error, msg, OUT_OF_SYNC)
         if _kind(msg) == "train":
-            reply = self._train(msg, ctxt, call_next, request)
+            reply = self._train(msg, ctxt, call_next, request, personal)
         else:
+            _place(msg, personal)
             reply = call_next(msg, ctxt)
         add_claim(reply, claim)
         return reply
 
     def _train(
-        self, msg: Message, ctxt: Context, call_next: ClientAppCallable, request: Request
+        self,
+        msg: Message,
+        ctxt: Context,
+        call_next: ClientAppCallable,
+        request: Request,
+        personal: Mapping[str, Personal],
     ) -> Message:
         """Let the app train, and compress the arrays of its reply."""
         try:
@@ -165,11 +184,15 @@ class CompressionMod:
                 msg.content[key] = ArrayRecord({n: Array(array) for n, array in sent.items()})
         except ValueError as error:
             return _failed(error, msg)
+        _place(msg, personal)
         reply = call_next(msg, ctxt)
         if reply.has_error():
             return reply
         try:
-            [(key, record)] = _one_record(reply, "reply").items()
+            _one_record(reply, "reply")
+            positions = {name: one.position for name, one in personal.items()}
+            personal = take_personal(reply, positions, "reply")
+            [(key, record)] = reply.content.array_records.items()
             new = _arrays(dict(record))
             parts, changes = updates(sent, new, excluded)
             if sender is None or parts != defaults:
@@ -192,11 +215,35 @@ class CompressionMod:
         state = sender.state_dict()
         if message is not None and request.round is not None and request.compressor.has_residual:
             state[LAST] = last_message(message, before, sender, request.round)
+        if personal:
+            state[PERSONAL] = pack_personal(personal)
         self._keep(request, ctxt, state)
         return reply
 
     def _models(self, request: Request) -> Models:
         return Models(request.training, self.state_dir)
+
+    def _personal(self, msg: Message, ctxt: Context, request: Request) -> dict[str, Personal]:
+        """Take the personal arrays out of a message; return those that the app is to see.
+
+        Raises
+        ------
+        ValueError
+            If this client has none, and none are in the message.
+        """
+        if request.personal is None:
+            return {}
+        found = take_personal(msg, request.personal)
+        data = self._kept(request, ctxt)
+        if data is not None:
+            try:
+                kept = unpack_personal(unpack_state(data).get(PERSONAL, {}))
+                found = {name: kept.get(name, one) for name, one in found.items()} or kept
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                logger.warning("compression_mod: the kept state is not used: %s", error)
+        if not found:
+            raise ValueError("this client does not hold its personal arrays")
+        return found
 
     def _sender(self, request: Request, ctxt: Context, changes: Mapping[str, Tensor]) -> Sender:
         """Return the sender of this training as the last round left it, or a new one.
@@ -306,6 +353,14 @@ def _with_residuals(arrays: Mapping[str, NDArray], sender: Sender) -> dict[str, 
             array = tensor_of(found[name], found[name].dtype.name)
             found[name] = (array + residual).to(array.dtype).numpy()
     return found
+
+
+def _place(msg: Message, personal: Mapping[str, Personal]) -> None:
+    """Put the personal arrays among the others of a message."""
+    if not personal:
+        return
+    [(key, record)] = msg.content.array_records.items()
+    msg.content[key] = placed(record, personal)
 
 
 def _one_record(msg: Message, what: str) -> Mapping[str, ArrayRecord]:

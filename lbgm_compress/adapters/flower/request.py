@@ -4,7 +4,8 @@ A request is one value of type bytes in a ConfigRecord of the message: a JSON ob
 and the digest of the state that the server holds of the client (`lbgm_compress.Receiver.digest`;
 empty if it holds none). The object has these keys:
 
-- ``version``: 1; 2 if one of the last three keys is there, which older clients must not ignore
+- ``version``: 1; 2 if `residual`, `downlink` or `first` is there, and 3 if `personal` is there too,
+  which older clients must not ignore
 - ``compressor``: the expression that builds the compressor (its repr)
 - ``exclude``: a list of patterns for names of arrays
 - ``training``: an identifier of the training, which a restored server keeps
@@ -17,25 +18,30 @@ empty if it holds none). The object has these keys:
 - ``downlink``: the expression that builds the compressor of the downlink; null if the message has
   the model's arrays as they are
 - ``first``: the precision in which a whole model travels
+- ``personal``: the position, by name, of each personal array that is in the message; an empty
+  object if the client has them already
 
 ``round`` and ``applied`` are not there if the client is asked more than once in the round, or by a
-release that does not know them. Older clients ignore them. With a downlink, an evaluate message has
-a request too.
+release that does not know them. Older clients ignore them. With a downlink or personal arrays, an
+evaluate message has a request too.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flwr.app import ConfigRecord, RecordDict
+
 from lbgm_compress.compressor import Compressor
+from lbgm_compress.compressors.error_feedback import ErrorFeedback
 from lbgm_compress.compressors.parse import BUILT_IN, LONGEST, parse_compressor
 from lbgm_compress.endpoints.downlink import PRECISIONS
 
-__all__ = ["ADDED", "KEY", "RESIDUALS", "Request", "check_expression"]
+__all__ = ["ADDED", "KEY", "Request", "check_expression", "check_residual", "with_request"]
 
 KEY = "lbgm_compress"
 # The key of a request in a ConfigRecord that was added for the request alone.
@@ -43,6 +49,8 @@ ADDED = "lbgm_compress.added"
 VERSION = 1
 # The version of a request that says how the model travels, and what becomes of the residual.
 BOTH_WAYS = 2
+# The version of a request that says which arrays are personal.
+PERSONAL = 3
 RESIDUALS = "memory", "model"
 
 
@@ -60,6 +68,8 @@ class Request:
     residual: str = "memory"
     downlink: Compressor | None = None
     first: str = "float32"
+    personal: Mapping[str, int] | None = None
+    """Positions of the personal arrays in the message; None if there are no personal arrays."""
 
     def pack(self) -> bytes:
         """Return the bytes that travel."""
@@ -70,10 +80,12 @@ class Request:
             "training": self.training,
             "layout": self.layout.hex(),
         }
-        if self.downlink is not None or self.residual != "memory":
+        if self.downlink is not None or self.residual != "memory" or self.personal is not None:
             downlink = None if self.downlink is None else repr(self.downlink)
             head["version"] = BOTH_WAYS
             head |= {"residual": self.residual, "downlink": downlink, "first": self.first}
+        if self.personal is not None:
+            head |= {"version": PERSONAL, "personal": dict(self.personal)}
         if self.round is not None:
             head["round"], head["applied"] = self.round, self.applied
         return json.dumps(head).encode() + b"\0" + self.digest
@@ -104,15 +116,17 @@ class Request:
             layout = bytes.fromhex(head["layout"])
             expression, exclude = str(head["compressor"]), tuple(map(str, head["exclude"]))
             round_, applied = head.get("round"), head.get("applied", 0)
-            residual, downlink, first = "memory", None, "float32"
-            if version == BOTH_WAYS:
+            residual, downlink, first, personal = "memory", None, "float32", None
+            if version in (BOTH_WAYS, PERSONAL):
                 residual, downlink, first = head["residual"], head["downlink"], head["first"]
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            if version == PERSONAL:
+                personal = {str(name): int(place) for name, place in head["personal"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"the request cannot be read: {error!r}") from None
-        if version not in (VERSION, BOTH_WAYS):
+        if version not in (VERSION, BOTH_WAYS, PERSONAL):
             raise ValueError(
                 f"the server's request has version {version}, this client reads versions "
-                f"{VERSION} and {BOTH_WAYS}: use the same release of lbgm_compress at both ends"
+                f"{VERSION} to {PERSONAL}: use the same release of lbgm_compress at both ends"
             )
         if residual not in RESIDUALS or first not in PRECISIONS:
             raise ValueError(
@@ -125,10 +139,37 @@ class Request:
                 f"the request cannot be read: its round is {round_!r}, after {applied!r}"
             )
         compressor = _built(expression, compressors)
-        known = (None, 0) if round_ is None else (round_, applied)
+        applied = 0 if round_ is None else applied
         down = None if downlink is None else _built(str(downlink), compressors)
         return Request(
-            *(compressor, exclude, training, layout, digest, *known, residual, down, first)
+            *(compressor, exclude, training, layout, digest, round_, applied),
+            *(residual, down, first, personal),
+        )
+
+
+def with_request(content: RecordDict, request: bytes) -> RecordDict:
+    """Return a copy of a message's content with a request in it."""
+    configs = content.config_records
+    if configs:
+        # Mods of differential privacy need exactly one ConfigRecord.
+        key, config = next(iter(configs.items()))
+        return RecordDict({**content, key: ConfigRecord({**config, KEY: request})})
+    key = ADDED
+    while key in content:
+        key += "."
+    return RecordDict({**content, key: ConfigRecord({ADDED: request})})
+
+
+def check_residual(residual: str, compressor: Compressor) -> None:
+    """Raise `ValueError` if clients cannot keep the residual in that place."""
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual must be 'memory' or 'model', not {residual!r}")
+    if residual == "model" and not (
+        isinstance(compressor, ErrorFeedback) and compressor.decay == 1
+    ):
+        raise ValueError(
+            f"residual='model' needs ErrorFeedback(...) with a decay of 1 around all of the "
+            f"compressor, which is {compressor!r}"
         )
 
 

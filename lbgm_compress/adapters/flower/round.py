@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Error, Message
+from flwr.common.constant import ErrorCode
 
+from lbgm_compress.adapters.flower.claim import OUT_OF_SYNC
+from lbgm_compress.adapters.flower.personal import Personal, personal_of
 from lbgm_compress.adapters.flower.reply import NDArray, Part, default_parts, matching
 
 __all__ = ["Asked", "Received", "Sent", "Round"]
+
+logger = logging.getLogger("flwr")
 
 
 class Asked(NamedTuple):
@@ -26,10 +32,13 @@ class Sent(NamedTuple):
     """The arrays of a train message."""
 
     arrays: dict[str, NDArray]
+    """All but those that are personal."""
     parts: dict[str, Part]
     """The form in which each travels back if its dtype stays."""
     excluded: frozenset[str]
     """Names of the arrays that are to be sent exactly."""
+    personal: dict[str, Personal]
+    """The personal arrays, as the server has them."""
 
 
 @dataclass
@@ -47,6 +56,22 @@ class Received:
         """Return whether the reply is neither an error nor rejected."""
         return self.rejection is None and not self.message.has_error()
 
+    @property
+    def out_of_sync(self) -> bool:
+        """Return whether the client lacks something that the server took it to hold."""
+        message = self.message
+        return message.has_error() and (message.error.reason or "").startswith(OUT_OF_SYNC)
+
+    def verdict(self) -> Message:
+        """Return the reply, or an error in its place if it is rejected; a rejection is logged."""
+        if self.rejection is None:
+            return self.message
+        node = self.message.metadata.src_node_id
+        logger.warning("compression: the reply of client %s is rejected: %s", node, self.rejection)
+        reason = f"lbgm_compress: the reply of {node} is rejected: {self.rejection}"
+        asked = self.message if self.asked is None else self.asked.message
+        return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=asked)
+
 
 class Round:
     """The train or evaluate messages of one round.
@@ -55,10 +80,12 @@ class Round:
     ----------
     exclude
         Patterns for names of arrays to be sent as they are.
+    personal
+        Patterns for names of arrays that stay at each client.
     """
 
-    def __init__(self, exclude: Sequence[str]) -> None:
-        self.exclude = exclude
+    def __init__(self, exclude: Sequence[str], personal: Sequence[str]) -> None:
+        self.exclude, self.personal = exclude, personal
         self._asked: dict[int, list[Asked]] = {}
         self._sent: dict[int, Sent] = {}
 
@@ -68,7 +95,8 @@ class Round:
         Raises
         ------
         ValueError
-            If it does not have exactly one ArrayRecord, or an array that cannot travel.
+            If it does not have exactly one ArrayRecord, or an array that cannot travel, or if
+            `personal_of` finds a mistake.
         """
         records = message.content.array_records
         if len(records) != 1:
@@ -102,6 +130,12 @@ class Round:
             )
         return found[0] if found else None
 
+    def with_personal(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return aggregated arrays with the personal ones as they were sent."""
+        kept = {n: one for sent in self._sent.values() for n, one in sent.personal.items()}
+        found = {n: kept[n].array if n in kept else array for n, array in arrays.items()}
+        return ArrayRecord(found) if kept else arrays
+
     def asked_once(self, node: int) -> bool:
         """Return whether a client has been sent exactly one message."""
         return len(self._asked.get(node, ())) == 1
@@ -122,12 +156,15 @@ class Round:
         Most clients are sent the same record, which is read once.
         """
         if id(record) not in self._sent:
+            personal = personal_of(record, self.personal, self.exclude)
+            others = {name: array for name, array in record.items() if name not in personal}
             try:
-                arrays = {name: np.asarray(array.numpy()) for name, array in record.items()}
+                arrays = {name: np.asarray(array.numpy()) for name, array in others.items()}
             except TypeError as error:
                 raise ValueError(f"CompressedStrategy needs numpy arrays: {error}") from None
             excluded = matching(arrays, self.exclude)
-            self._sent[id(record)] = Sent(arrays, default_parts(arrays, excluded), excluded)
+            parts = default_parts(arrays, excluded)
+            self._sent[id(record)] = Sent(arrays, parts, excluded, personal)
         return self._sent[id(record)]
 
 

@@ -6,11 +6,11 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -19,25 +19,25 @@ from lbgm_compress.adapters.flower.archive import unpack_state, write_state
 from lbgm_compress.adapters.flower.client_states import ClientStates
 from lbgm_compress.adapters.flower.downlink import Downlink
 from lbgm_compress.adapters.flower.log import RoundLog
+from lbgm_compress.adapters.flower.personal import check_patterns, personal_of
 from lbgm_compress.adapters.flower.request import (
-    ADDED,
     KEY,
-    RESIDUALS,
     Request,
     check_expression,
+    check_residual,
+    with_request,
 )
 from lbgm_compress.adapters.flower.round import Received, Round
 from lbgm_compress.adapters.flower.screening import Screening
 from lbgm_compress.adapters.flower.statistics import Statistics
 from lbgm_compress.adapters.flower.uplink import Uplink
 from lbgm_compress.compressor import Compressor, check_compressor
-from lbgm_compress.compressors.error_feedback import ErrorFeedback
 
 __all__ = ["CompressedStrategy"]
 
 FORMAT = 1
-# The key of the downlink in a saved state.
-DOWNLINK = "downlink"
+# The keys of the downlink, and of the patterns for personal arrays, in a saved state.
+DOWNLINK, PERSONAL = "downlink", "personal"
 logger = logging.getLogger("flwr")
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -97,6 +97,12 @@ class CompressedStrategy(Strategy):
     exclude
         Patterns (`fnmatch.fnmatchcase`) for names of arrays to be sent as they are, for example
         ``("head.*",)``. Arrays that are not float16, float32 or float64 are always sent so.
+    personal
+        Patterns for names of arrays that stay at each client, as the heads of FedPer and FedRep
+        do, in training and evaluation. A client's app sees what it returned last; before its first
+        training, and after its state is lost, the server's initial arrays, which are sent to a
+        client until a reply of it has gone into the model. The inner strategy, and an
+        `evaluate_fn`, get the initial arrays. Sizes without compression are those of the others.
     compressors
         Classes besides those of `lbgm_compress` that the compressor's expression names: compressors
         of your own, and classes that their constructors take as arguments. Clients need the same
@@ -135,9 +141,10 @@ class CompressedStrategy(Strategy):
         If an argument is not of its type.
     ValueError
         If a bound is negative; if the compressor does more to an average than the inner strategy
-        would (``SignSGD(vote=True)``); or if a client could not build the compressor from its
-        expression; if `downlink` keeps a residual; if `first` or `residual` is none of its
-        values, or ``residual="model"`` without an `ErrorFeedback` of decay 1 around all else.
+        would (``SignSGD(vote=True)``); if a client could not build the compressor from its
+        expression; if a pattern is in both of `exclude` and `personal`; if `downlink` keeps a
+        residual; if `first` or `residual` is none of its values; or ``residual="model"`` without an
+        `ErrorFeedback` of decay 1 around all else.
     """
 
     def __init__(
@@ -146,6 +153,7 @@ class CompressedStrategy(Strategy):
         compressor: Compressor,
         *,
         exclude: Sequence[str] = (),
+        personal: Sequence[str] = (),
         compressors: Sequence[type] = (),
         keep_rounds: int | None = 100,
         memory_limit: int | None = None,
@@ -175,25 +183,13 @@ class CompressedStrategy(Strategy):
                 "SignSGD(scaled=True) in the place of a majority vote"
             )
         check_expression(compressor, compressors)
-        if isinstance(exclude, str):
-            raise TypeError(f"exclude is a list of patterns, such as ({exclude!r},), not a str")
-        for pattern in exclude:
-            if not isinstance(pattern, str):
-                raise TypeError(f"exclude is a list of str, and {pattern!r} is none")
+        check_patterns(personal, exclude)
         for name, bound in (("keep_rounds", keep_rounds), ("memory_limit", memory_limit)):
             if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
                 raise TypeError(f"{name} must be a whole number or None, not {bound!r}")
             if bound is not None and bound < 0:
                 raise ValueError(f"{name} must be 0 or more, not {bound}")
-        if residual not in RESIDUALS:
-            raise ValueError(f"residual must be 'memory' or 'model', not {residual!r}")
-        if residual == "model" and not (
-            isinstance(compressor, ErrorFeedback) and compressor.decay == 1
-        ):
-            raise ValueError(
-                f"residual='model' needs ErrorFeedback(...) with a decay of 1 around all of the "
-                f"compressor, which is {compressor!r}"
-            )
+        check_residual(residual, compressor)
         if downlink is not None:
             check_compressor(downlink)
             check_expression(downlink, compressors)
@@ -201,7 +197,7 @@ class CompressedStrategy(Strategy):
         self.compressor = compressor
         self.downlink, self.first, self.history = downlink, first, history
         self.residual = residual
-        self.exclude = tuple(exclude)
+        self.exclude, self.personal = tuple(exclude), tuple(personal)
         self.compressors = tuple(compressors)
         self.training = secrets.token_hex(16)
         self.totals = Statistics()
@@ -209,8 +205,7 @@ class CompressedStrategy(Strategy):
         self._uplink = Uplink(self._states)
         self._screening = Screening()
         self._downlink = self._new_downlink()
-        self._round = Round(self.exclude)
-        self._evaluation = Round(self.exclude)
+        self._round, self._evaluation = self._new_round(), self._new_round()
         # Of the round's messages to clients.
         self._sent, self._sent_to_evaluate = Statistics(), Statistics()
         self._log = RoundLog(log_file)
@@ -224,7 +219,7 @@ class CompressedStrategy(Strategy):
         """Let the inner strategy configure the round, and add a request to each message."""
         self._log.write_line()
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._round = Round(self.exclude)
+        self._round = self._new_round()
         self._states.rounds += 1
         for message in messages:
             self._round.add(message)
@@ -245,7 +240,7 @@ class CompressedStrategy(Strategy):
         statistics = self._uplink.decode(self._round, received)
         statistics.uplink += claims
         statistics.add(self._sent)
-        dense = [_verdict(reply) for reply in received]
+        dense = [reply.verdict() for reply in received]
         self._states.end_round()
         if self._downlink is not None:
             keep, most = self._states.keep_rounds, self._states.memory_limit
@@ -262,6 +257,7 @@ class CompressedStrategy(Strategy):
                 for reply in received
                 if reply.accepted and reply.asked is not None
             )
+            arrays = self._round.with_personal(arrays)
         if received:
             metrics = MetricRecord() if metrics is None else metrics
             for name, value in statistics.metrics().items():
@@ -279,16 +275,19 @@ class CompressedStrategy(Strategy):
             },
             metrics,
         )
-        self._round, self._sent = Round(self.exclude), Statistics()
+        self._round, self._sent = self._new_round(), Statistics()
         return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the inner strategy's messages; with a downlink, its updates in them."""
+        """Return the inner strategy's messages; with a downlink, its updates in them.
+
+        They have no personal arrays but those that a client does not hold.
+        """
         messages = list(self.strategy.configure_evaluate(server_round, arrays, config, grid))
-        self._evaluation = Round(self.exclude)
-        if self._downlink is None:
+        self._evaluation = self._new_round()
+        if self._downlink is None and not self.personal:
             size = sum(map(_size, messages))
             self._sent_to_evaluate = Statistics(downlink=size, downlink_dense=size)
             return messages
@@ -305,14 +304,14 @@ class CompressedStrategy(Strategy):
         sent, self._sent_to_evaluate = self._sent_to_evaluate, Statistics()
         sent.uplink = self._confirm(received)
         self._screening.check_metrics(received, self.strategy, "evaluate")
-        accepted = [_verdict(reply) for reply in received]
+        accepted = [reply.verdict() for reply in received]
         metrics = self.strategy.aggregate_evaluate(server_round, accepted)
         self.totals.add(sent)
         if self._downlink is not None and received:
             metrics = MetricRecord() if metrics is None else metrics
             for name, value in sent.downlink_metrics().items():
                 metrics[name] = value
-        self._evaluation = Round(self.exclude)
+        self._evaluation = self._new_round()
         self._log.add_evaluation(metrics)
         return metrics
 
@@ -321,6 +320,8 @@ class CompressedStrategy(Strategy):
         logger.info("\t├──> Compression:")
         logger.info("\t│\t├── Compressor: %r", self.compressor)
         logger.info("\t│\t├── Sent as they are: %s", ", ".join(self.exclude) or "integers alone")
+        if self.personal:
+            logger.info("\t│\t├── Personal: %s", ", ".join(self.personal))
         rounds, most = self._states.keep_rounds, self._states.memory_limit
         keep = "for good" if rounds is None else f"for {rounds} rounds"
         limit = "no limit" if most is None else f"at most {human_bytes(most)}"
@@ -346,7 +347,15 @@ class CompressedStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run the training as `flwr.serverapp.strategy.Strategy.start` does."""
+        """Run the training as `flwr.serverapp.strategy.Strategy.start` does.
+
+        Raises
+        ------
+        ValueError
+            Before the first round if a pattern of `personal` matches none of the arrays, all arrays
+            are personal, or one matches a pattern of `exclude` too.
+        """
+        personal_of(initial_arrays, self.personal, self.exclude)
         observed = evaluate_fn
         if evaluate_fn is not None:
 
@@ -392,7 +401,11 @@ class CompressedStrategy(Strategy):
         give back a last message that the state does not know as applied.
         """
         state = {"format": FORMAT, "training": self.training, **self._states.state_dict()}
-        return state if self._downlink is None else {**state, DOWNLINK: self._downlink.state_dict()}
+        if self._downlink is not None:
+            state[DOWNLINK] = self._downlink.state_dict()
+        if self.personal:
+            state[PERSONAL] = list(self.personal)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a dict that `state_dict` returned, so that clients may go on to recycle.
@@ -400,12 +413,18 @@ class CompressedStrategy(Strategy):
         Raises
         ------
         ValueError
-            If it is not such a dict, or that of another compressor or release. Nothing is changed.
+            If it is not such a dict, or that of another compressor or release, or of other personal
+            arrays. Nothing is changed.
         """
         try:
             if state["format"] != FORMAT:
                 raise ValueError(
                     f"the state has format {state['format']}, this release reads {FORMAT}"
+                )
+            if tuple(state.get(PERSONAL, self.personal)) != self.personal:
+                raise ValueError(
+                    f"the state has personal={state[PERSONAL]!r}, and this strategy "
+                    f"{self.personal!r}"
                 )
             training = str(state["training"])
             downlink = self._new_downlink()
@@ -441,6 +460,9 @@ class CompressedStrategy(Strategy):
             return None
         return Downlink(self.downlink, self.first, self.history)
 
+    def _new_round(self) -> Round:
+        return Round(self.exclude, self.personal)
+
     def _prepare(self, round_: Round) -> Statistics:
         """Add requests to the messages of a round, and compress the model in them."""
         statistics = Statistics()
@@ -449,15 +471,21 @@ class CompressedStrategy(Strategy):
         for asked in round_.messages():
             message, node = asked.message, asked.message.metadata.dst_node_id
             sent = round_.sent(asked.record)
-            dense = sum(part.nbytes for part in sent.parts.values())
-            size = dense
-            content = message.content
+            size = dense = sum(part.nbytes for part in sent.parts.values())
+            content, positions = message.content, None
+            arrays = {name: asked.record[name] for name in sent.arrays}
             if self._downlink is not None:
-                array = self._downlink.array(node)
-                content = RecordDict({**content, asked.key: ArrayRecord({KEY: array})})
-                size = len(array.data)
-            request = self._request(node, round_)
-            message.content = _with_request(content, request)
+                arrays = {KEY: self._downlink.array(node)}
+                size = len(arrays[KEY].data)
+            if self.personal:
+                personal = {} if self._states.has_state(node) else sent.personal
+                positions = {name: one.position for name, one in personal.items()}
+                arrays |= {name: one.array for name, one in personal.items()}
+                size += sum(len(one.array.data) for one in personal.values())
+            if self._downlink is not None or self.personal:
+                content = RecordDict({**content, asked.key: ArrayRecord(arrays)})
+            request = self._request(node, round_, positions)
+            message.content = with_request(content, request)
             statistics.downlink += size + len(request)
             statistics.downlink_dense += dense
         if self._downlink is not None:
@@ -465,20 +493,26 @@ class CompressedStrategy(Strategy):
         return statistics
 
     def _confirm(self, received: Sequence[Received]) -> int:
+        """Take what clients say of what they hold; return the size of their claims in bytes."""
+        for reply in received:
+            if reply.asked is not None and reply.out_of_sync:
+                self._states.set_lost(reply.asked.message.metadata.dst_node_id)
         if self._downlink is None:
             return 0
         return self._downlink.confirm(received, self._states.rounds)
 
-    def _request(self, node: int, round_: Round) -> bytes:
+    def _request(self, node: int, round_: Round, personal: Mapping[str, int] | None) -> bytes:
         """Return the request for one client."""
-        settings = self.compressor, self.exclude, self.training
-        downlink = self.residual, self.downlink, self.first
-        if round_ is self._evaluation:
-            return Request(*settings, b"", b"", None, 0, *downlink).pack()
-        layout, digest = self._states.digest(node)
-        number = self._states.rounds if round_.asked_once(node) else None
-        applied = self._states.applied(node)
-        return Request(*settings, layout, digest, number, applied, *downlink).pack()
+        request = Request(
+            *(self.compressor, self.exclude, self.training, b"", b"", None, 0),
+            *(self.residual, self.downlink, self.first, personal),
+        )
+        if round_ is not self._evaluation:
+            layout, digest = self._states.digest(node)
+            number = self._states.rounds if round_.asked_once(node) else None
+            applied = self._states.applied(node)
+            request = replace(request, layout=layout, digest=digest, round=number, applied=applied)
+        return request.pack()
 
     def _held_now(self) -> tuple[int, str]:
         return len(self._states), human_bytes(self._states.nbytes())
@@ -503,31 +537,7 @@ def _compresses_inside(strategy: Any) -> bool:
     )
 
 
-def _with_request(content: RecordDict, request: bytes) -> RecordDict:
-    """Return a copy of a message's content with a request in it."""
-    configs = content.config_records
-    if configs:
-        # Mods of differential privacy need exactly one ConfigRecord.
-        key, config = next(iter(configs.items()))
-        return RecordDict({**content, key: ConfigRecord({**config, KEY: request})})
-    key = ADDED
-    while key in content:
-        key += "."
-    return RecordDict({**content, key: ConfigRecord({ADDED: request})})
-
-
 def _size(message: Message) -> int:
     """Return the size of a message's arrays in bytes."""
     records = message.content.array_records.values()
     return sum(len(array.data) for record in records for array in record.values())
-
-
-def _verdict(received: Received) -> Message:
-    """Return a reply, or an error in its place if it is rejected; a rejection is logged."""
-    if received.rejection is None:
-        return received.message
-    reply, node = received.message, received.message.metadata.src_node_id
-    logger.warning("compression: the reply of client %s is rejected: %s", node, received.rejection)
-    reason = f"lbgm_compress: the reply of {node} is rejected: {received.rejection}"
-    asked = reply if received.asked is None else received.asked.message
-    return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=asked)

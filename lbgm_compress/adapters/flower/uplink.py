@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, RecordDict
 from torch import Tensor
 
 from lbgm_compress.adapters.flower.client_states import ClientStates
+from lbgm_compress.adapters.flower.personal import placed
 from lbgm_compress.adapters.flower.reply import NDArray, Part, Reply, compressible, tensor_of
 from lbgm_compress.adapters.flower.request import KEY
 from lbgm_compress.adapters.flower.round import Asked, Received, Round
@@ -136,10 +137,11 @@ class Uplink:
         statistics.dense += sum(part.nbytes for part in parts.values())
         statistics.recycled += recycled
         statistics.tensors += len(parts) - len(reply.exact)
-        arrays = ArrayRecord({name: Array(np.asarray(new[name])) for name in sent.arrays})
+        others = {name: Array(np.asarray(new[name])) for name in sent.arrays}
+        arrays = placed(others, sent.personal)
         content = received.message.content
-        others = {name: one for name, one in content.items() if name not in content.array_records}
-        received.message.content = RecordDict({asked.key: arrays, **others})
+        rest = {name: one for name, one in content.items() if name not in content.array_records}
+        received.message.content = RecordDict({asked.key: arrays, **rest})
 
 
 def _dtypes(parts: Mapping[str, Part]) -> Dtypes:

@@ -1,12 +1,13 @@
 """A client that is late or hangs in the rounds that the run's configuration names.
 
-It writes a hash of each model that it is given.
+It writes a hash of each model that it is given, and personal arrays themselves.
 """
 
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Message
 
 from lbgm_compress.adapters.flower import CompressionMod
@@ -25,13 +26,15 @@ def misbehave(message: Message, context: Context) -> None:
 
 
 def tell(message: Message, context: Context, call_next):
-    """Write a hash of the model that the app is about to see."""
+    """Write a hash of the model that the app is about to see, and its personal arrays."""
     arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}
     number = message.content["config"]["server-round"]
     kind = message.metadata.message_type
     partition = context.node_config["partition-id"]
     out = Path(str(context.run_config["out"]))
     (out / f"seen-{kind}-{number}-{partition}").write_text(digest_of(arrays))
+    if context.run_config["personal"]:
+        np.save(out / f"head-{kind}-{number}-{partition}.npy", arrays["head.weight"])
     return call_next(message, context)
 
 

@@ -72,14 +72,16 @@ def main(grid: Grid, context: Context) -> None:
         fraction_evaluate=float(config["evaluate"]),
         min_available_nodes=int(config["clients"]),
     )
-    downlink = str(config["downlink"])
+    downlink, personal = str(config["downlink"]), str(config["personal"]).split()
     strategy = Telling(
         inner,
         parse_compressor(str(config["compressor"])),
         downlink=parse_compressor(downlink) if downlink else None,
+        personal=personal,
         log_file=out / "rounds.jsonl",
     )
-    arrays = arrays_of(counter=np.array(3))
+    heads = {"head.weight": np.linspace(-1, 1, 20, dtype=np.float32)} if personal else {}
+    arrays = arrays_of(counter=np.array(3), **heads)
     if config["resume"]:
         strategy.load(out / "held.safetensors")
         with np.load(out / "arrays.npz") as saved:
