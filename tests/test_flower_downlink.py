@@ -310,6 +310,28 @@ def test_messages_are_unchanged_where_both_directions_are_off():
             assert b'"version": 1,' in config[KEY]
 
 
+def test_request_of_an_evaluation_has_no_settings_of_updates():
+    found = {}
+
+    def spy(message, ctxt, call_next):
+        found[message.metadata.message_type] = message.content["config"][KEY]
+        return call_next(message, ctxt)
+
+    grid = Watched(2, train=None)
+    grid.app = make_app([spy, compression_mod])
+    strategy = both_ways(residual="model", exclude=["absent.*"])
+    grid.start(strategy)
+    train, evaluate = Request.unpack(found["train"]), Request.unpack(found["evaluate"])
+    assert (train.compressor, train.exclude, train.residual) == (UPLINK, ("absent.*",), "model")
+    assert (evaluate.compressor, evaluate.exclude) == (Identity(), ())
+    assert (evaluate.downlink, evaluate.training) == (SUBSPACES, strategy.training)
+    # Older clients read all of it, and use none of the rest.
+    keys = {"version", "compressor", "exclude", "training", "layout"}
+    keys |= {"residual", "downlink", "first"}
+    assert json.loads(found["evaluate"].partition(b"\0")[0]).keys() == keys
+    assert len(found["evaluate"]) < 220
+
+
 @pytest.mark.parametrize(
     "options",
     [{"downlink": SUBSPACES, "first": "float16"}, {"residual": "model"}],

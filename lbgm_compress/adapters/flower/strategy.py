@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lbgm_compress.adapters.flower.screening import Screening
 from lbgm_compress.adapters.flower.statistics import Statistics
 from lbgm_compress.adapters.flower.uplink import Uplink
 from lbgm_compress.compressor import Compressor, check_compressor
+from lbgm_compress.compressors.identity import Identity
 
 __all__ = ["CompressedStrategy"]
 
@@ -503,15 +503,15 @@ class CompressedStrategy(Strategy):
 
     def _request(self, node: int, round_: Round, personal: Mapping[str, int] | None) -> bytes:
         """Return the request for one client."""
-        request = Request(
-            *(self.compressor, self.exclude, self.training, b"", b"", None, 0),
-            *(self.residual, self.downlink, self.first, personal),
-        )
+        settings = self.downlink, self.first, personal
+        # An evaluation has no updates, so that these settings of them would travel for nothing.
+        request = Request(Identity(), (), self.training, b"", b"", None, 0, "memory", *settings)
         if round_ is not self._evaluation:
             layout, digest = self._states.digest(node)
             number = self._states.rounds if round_.asked_once(node) else None
             applied = self._states.applied(node)
-            request = replace(request, layout=layout, digest=digest, round=number, applied=applied)
+            updates = self.compressor, self.exclude, self.training, layout, digest, number, applied
+            request = Request(*updates, self.residual, *settings)
         return request.pack()
 
     def _held_now(self) -> tuple[int, str]:
