@@ -32,6 +32,7 @@ from lbgm_compress.compressors.projection import (
     project,
     replaced,
 )
+from lbgm_compress.compressors.topk import TopK
 from lbgm_compress.decoded import Decoded, Dense, LowRank, Sparse, working_dtype
 from lbgm_compress.wire.bits import read_varints, varint
 from lbgm_compress.wire.message import Kind
@@ -95,6 +96,11 @@ class LookBackSubspace(Compressor):
     alone. A tensor that is no matrix, or too small for directions to save anything, is a section of
     values.
 
+    A thin matrix, such as a factor of LoRA, has too few rows for directions: its shorter side is
+    at most `rank`, or at most twice `rank` if it has more rows than columns. The fewest entries
+    that leave a phase error of at most `delta` are sent, in the payload of `TopK`. If a section of
+    all values is no longer, it is sent instead; a receiver tells the two by their size.
+
     Both ends keep the directions as they were sent. A sender keeps two more in the working
     precision, float32 (float64 for a float64 gradient).
 
@@ -103,7 +109,8 @@ class LookBackSubspace(Compressor):
     rank
         Number of look-back directions r, at least 1.
     delta
-        Threshold of the look-back phase error, 0 to 1: 1 never replaces a direction.
+        Threshold of the look-back phase error, 0 to 1: 1 never replaces a direction, and sends one
+        entry of a thin matrix.
     view
         How a tensor is seen as a matrix: "matrix", its first dimension by the rest, or "flat", one
         row, in which a direction is a whole gradient.
@@ -177,7 +184,7 @@ class LookBackSubspace(Compressor):
         return self.encode_batch([grad], [state])[0]
 
     def encode_together(self, grads: Sequence[Tensor], states: Sequence[State]) -> list[Encoding]:
-        if is_small(grads[0]) and self._sides(grads[0]) is None:
+        if is_small(grads[0]) and not self._thin(grads[0]) and self._sides(grads[0]) is None:
             return super().encode_together(grads, states)
         if is_small(grads[0]):
             # Products depend on alignment, which is the same for every new tensor.
@@ -218,11 +225,11 @@ class LookBackSubspace(Compressor):
             if largest == 0:
                 return Encoding(bytes([ZERO]), None, _zero(grad), state, None)
             scale = 2.0 ** float(np.clip(np.frexp(largest)[1] - 1, -1000, 1000))
+        if self._thin(grad):
+            return self._entries(grad, state)
         sides = self._sides(grad)
         if sides is None:
-            section, values = encode_values(grad.reshape(-1), self.values)
-            decoded = Dense(values.view(grad.shape))
-            return Encoding(bytes([VALUES]), lambda: section, decoded, state)
+            return self._dense(grad, state)
         matrix = grad.reshape(sides).to(working_dtype(grad))
         if scale != 1.0:
             matrix = matrix / scale
@@ -235,6 +242,30 @@ class LookBackSubspace(Compressor):
             basis = decode_rows(sections, sides[1], precisions[1], matrix.dtype)
         projection = Projection(matrix, square, basis, spare)
         return _Work(grad, state, scale, *precisions, projection, sections, first)
+
+    def _entries(self, grad: Tensor, state: State) -> Encoding:
+        """Return the encoding of a thin matrix: its largest entries, or all if those are longer."""
+        magnitudes = grad.detach().reshape(-1).abs().to(working_dtype(grad))
+        if magnitudes.is_cpu:
+            # torch takes some thirty times as long.
+            magnitudes = torch.from_numpy(np.sort(magnitudes.numpy()))
+        else:
+            magnitudes = magnitudes.sort().values
+        n = magnitudes.numel()
+        sums = (magnitudes.double() / magnitudes[-1]).square().flip(0).cumsum(0)
+        count = 1 + int((sums < (1 - self.delta) * sums[-1]).sum())
+        if count < n:
+            encoding = TopK(count / n, self.values).encode(grad, state)
+            body = encoding.payload(grad.device)[len(encoding.head) :]
+            if body.numel() < values_size(n, self.values, grad.dtype):
+                missed = max(0.0, 1.0 - float(sums[count - 1] / sums[-1]))
+                return encoding._replace(body=returning(body), phase_error=missed)
+        return self._dense(grad, state)
+
+    def _dense(self, grad: Tensor, state: State) -> Encoding:
+        section, values = encode_values(grad.reshape(-1), self.values)
+        decoded = Dense(values.view(grad.shape))
+        return Encoding(BODY_HEAD, returning(section), decoded, state)
 
     def _decide(self, work: _Work) -> None:
         """Compute the phase error, and choose the directions to replace if it is too large."""
@@ -307,10 +338,13 @@ class LookBackSubspace(Compressor):
         kind = head[0]
         if kind == ZERO:
             return _zero(like), state
-        sides = self._sides(like)
-        if (kind == VALUES) != (sides is None):
+        sides, thin = self._sides(like), self._thin(like)
+        if kind == VALUES and thin:
+            if body.numel() < values_size(like.numel(), self.values, like.dtype):
+                return TopK(1.0, self.values).decode(head, body, state, like)
+        elif (kind == VALUES) != (sides is None):
             raise PayloadError(f"a payload of kind {kind} is not for shape {tuple(like.shape)}")
-        if sides is None:
+        if kind == VALUES or sides is None:
             section = decode_values(body, like.numel(), self.values, like.dtype)
             return Dense(section.reshape(like.shape).clone()), state
         m, n = sides
@@ -374,6 +408,16 @@ class LookBackSubspace(Compressor):
             return None
         m, n = like.shape[0], like.numel() // like.shape[0]
         return (m, n) if self.rank * m + self.refresh * n < m * n else None
+
+    def _thin(self, like: Tensor) -> bool:
+        """Return whether a tensor is a matrix of which entries are sent, and not coefficients."""
+        if self.view == "flat" or like.dim() < 2 or like.numel() == 0:
+            return False
+        m, n = like.shape[0], like.numel() // like.shape[0]
+        short, long = min(m, n), max(m, n)
+        # The directions of a tall matrix have as many coefficients as its longer side.
+        most = 2 * self.rank if m > n else self.rank
+        return short <= most and self.rank * short + long < short * long
 
 
 @dataclass(eq=False)
