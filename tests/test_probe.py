@@ -594,6 +594,22 @@ def test_advice_where_nothing_helps_says_so():
     assert "it takes two to compare" in replayed(run[:1]).advice
 
 
+@pytest.mark.parametrize("shape", [(500,), (4, 300), (300, 4), (3, 3)])
+def test_report_gives_the_share_of_bytes_in_tensors_without_directions(shape):
+    matrices = noisy(6, 0.5)
+    others = noisy(6, 0.5, seed=1, shape=shape)
+    run = [{**a, "other": b["weight"]} for a, b in zip(matrices, others, strict=True)]
+    report = replayed(run, ranks=(4,))
+    rows = {row.tensor: row for row in report.rows if row.subspace}
+    assert (rows["weight"].never_held, rows["other"].never_held) == (0, 1)
+    sizes = {name: rows[name].bytes_per_step for name in ("weight", "other")}
+    share = sizes["other"] / sum(sizes.values())
+    assert rows[None].never_held == pytest.approx(share)
+    said = rf"LookBackSubspace\(\) finds no directions in .* take {share:.0%} of its bytes"
+    assert bool(re.search(said, str(report))) == (share >= 0.2)
+    assert "no directions" not in str(replayed(matrices))
+
+
 def test_report_names_every_method_and_tensor_and_its_cost(tmp_path):
     report = replayed(training_run(20))
     text = str(report)

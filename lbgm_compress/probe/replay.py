@@ -55,6 +55,8 @@ class Tally:
     """Bytes of one uncompressed payload a round."""
     error: float = 0.0
     """Sum of |g - applied|^2 / |g|^2."""
+    held: int = 0
+    """Rounds after which a receiver held something to look back at."""
 
 
 class Replay(abc.ABC):
@@ -132,6 +134,7 @@ class Replay(abc.ABC):
             tally.bytes += size
             tally.dense_bytes += dense[name]
             tally.error += step.missed / gradient.square if gradient.square else 0.0
+            tally.held += bool(step.head[0] & (Kind.USES | Kind.SETS))
             if recycles(step.head[0]):
                 tally.recycled += 1
             else:
@@ -159,6 +162,7 @@ class Replay(abc.ABC):
                 bytes_per_step=sent / self.rounds / self.steps,
                 of_dense=sent / self.dense_bytes / self.steps,
                 saved=_saved(of_all),
+                never_held=_never_held(of_all),
                 relative_error=math.sqrt(error / self.rounds),
             )
             for name, tally in tallies.items():
@@ -169,6 +173,7 @@ class Replay(abc.ABC):
                     bytes_per_step=tally.bytes / tally.rounds / self.steps,
                     of_dense=tally.bytes / tally.dense_bytes / self.steps,
                     saved=_saved([tally]),
+                    never_held=_never_held([tally]),
                     relative_error=math.sqrt(tally.error / tally.rounds),
                 )
 
@@ -405,6 +410,11 @@ class SubspaceReplay(Replay):
 
 def _delta(compressor: LBGM | LookBackSubspace) -> float:
     return float(compressor.delta)  # type: ignore[arg-type]  # A probe replays no NormBudget.
+
+
+def _never_held(tallies: Sequence[Tally]) -> float:
+    """Return the share of bytes in tensors of which nothing was held to look back at."""
+    return sum(t.bytes for t in tallies if not t.held) / sum(t.bytes for t in tallies)
 
 
 def _saved(tallies: Sequence[Tally]) -> float:

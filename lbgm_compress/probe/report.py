@@ -14,6 +14,8 @@ __all__ = ["Report", "Row", "advice"]
 
 # Smallest saving, as a share of the bytes, for which the advice names a method.
 WORTHWHILE = 0.3
+# Share of a subspace's bytes in tensors without directions from which the report gives it.
+NOTEWORTHY = 0.2
 # Largest relative error at which recycled gradients still point in a similar direction.
 TOLERABLE_ERROR = 0.6
 
@@ -44,6 +46,8 @@ class Row:
     """Root mean square over rounds of |g - applied| / |g|."""
     subspace: bool
     """True if the method is a `LookBackSubspace`."""
+    never_held: float
+    """Share of the bytes in tensors of which a receiver held nothing to look back at."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,13 @@ class Report:
         """Return the rows for all tensors, the recycled shares of each tensor, and the advice."""
         lines = []
         if self.rows:
-            lines += [self._summary(), "", *_aligned(self._methods()), ""]
+            lines += [
+                self._summary(),
+                "",
+                *_aligned(self._methods()),
+                *self._without_directions(),
+                "",
+            ]
             lines += ["recycled, tensor by tensor", *_aligned(self._tensors()), ""]
         if self.left_out:
             names = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
@@ -120,6 +130,14 @@ class Report:
                 )
             )
         return table
+
+    def _without_directions(self) -> list[str]:
+        return [
+            f"{row.method} finds no directions in vectors and in small or thin matrices, which "
+            f"take {row.never_held:.0%} of its bytes."
+            for row in self.all_tensors()
+            if row.subspace and row.never_held >= NOTEWORTHY
+        ]
 
     def _tensors(self) -> list[Sequence[str]]:
         shown = [row for row in self.rows if row.steps == 1 and not row.subspace]
