@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -23,6 +24,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks.common import lora
 from benchmarks.common.baselines import Baseline, current_name
 from benchmarks.common.command_line import (
     INTERRUPTED,
@@ -180,6 +182,8 @@ class Row(NamedTuple):
     """Uplink of one worker until dense accuracy minus half a point; None if a seed misses it."""
     kilobytes_power: float | None
     """The same for the best accuracy of torch's PowerSGD minus half a point."""
+    loss: float = math.nan
+    """Test loss, the mean of the evaluations that accuracy is the mean of."""
 
 
 def rows_of(runs: Runs, setting: str, model: str) -> list[Row]:
@@ -218,6 +222,7 @@ def rows_of(runs: Runs, setting: str, model: str) -> list[Row]:
             statistics.fmean(e[-1].recycled_share for e in of_seed.values()),
             reached(of_seed, dense),
             reached(of_seed, power) if power else None,
+            statistics.fmean(e.loss for run in of_seed.values() for e in run[-AVERAGED:]),
         )
         for method, of_seed in by_method.items()
     ]
@@ -226,7 +231,7 @@ def rows_of(runs: Runs, setting: str, model: str) -> list[Row]:
 def table_of(rows: Sequence[Row], setting: str, model: str) -> Table:
     """Return a table of a setting's rows."""
     power = any(row.kilobytes_power is not None for row in rows)
-    headings = ["method", "seeds", "accuracy", "points", "of dense", "recycled"]
+    headings = ["method", "seeds", "accuracy", "points", "loss", "of dense", "recycled"]
     headings += ["kB to dense - 0.5"] + (["kB to best TorchPowerSGD - 0.5"] if power else [])
     cells = []
     for row in rows:
@@ -237,6 +242,7 @@ def table_of(rows: Sequence[Row], setting: str, model: str) -> Table:
                 str(row.seeds),
                 f"{row.accuracy:.2%}",
                 "-" if row.points is None else f"{row.points:+.2f}",
+                f"{row.loss:.4f}",
                 f"1/{row.saving:.4g}",
                 f"{row.recycled:.0%}",
                 *("-" if count is None else f"{count:.4g}" for count in counts),
@@ -324,7 +330,7 @@ def build_parser() -> Parser:
     add("--settings", type=listed(str), default=list(SETTINGS), metavar="LIST",
         help=f"{', '.join(SETTINGS)} (default: all)")  # fmt: skip
     add("--models", type=listed(str), metavar="LIST",
-        help="fcn, small-cnn, transformer (default: all)")  # fmt: skip
+        help="fcn, small-cnn, transformer, lora-4, lora-8 (default: all)")  # fmt: skip
     add_methods(parser, "all for the fcn, fewer for the other models", "; settings that are "
         "data-parallel also take DDP's own Dense(), Float16() and TorchPowerSGD(RANK)")  # fmt: skip
     add("--seeds", type=listed(int), default=[0, 1, 2], metavar="LIST",
@@ -368,14 +374,16 @@ def wanted(options: Any) -> dict[Run, Algorithm]:
                     continue
                 if model == "transformer" and options.text_dir is None:
                     continue
+                if model in lora.MODELS and not lora.is_available():
+                    continue
                 for method in chosen or methods_of(name, model):
                     if isinstance(method, Baseline) and not setting.data_parallel:
                         continue
                     runs[Run(name, model, repr(method), seed)] = method
     if not runs:
         raise ValueError(
-            "nothing to run: the setting `text` needs --text-dir, and baselines of DDP a setting "
-            "that is data-parallel"
+            "nothing to run: the setting `text` needs --text-dir, baselines of DDP a setting that "
+            f"is data-parallel, and {lora.MISSING}"
         )
     return runs
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.common import lora
 from benchmarks.common.baselines import TorchPowerSGD
 from benchmarks.common.data import Dataset, load, load_plays
 from benchmarks.common.partition import partition, subsets
@@ -73,6 +74,15 @@ SUMS = (
 )
 POWER_SGD = (TorchPowerSGD(1), TorchPowerSGD(2), TorchPowerSGD(4))
 ALL = (DENSE, *TOPK, *COARSE_TOPK, SIGN, *ATOMO, *LOOK_BACK, *SUBSPACES)
+ADAPTERS = (
+    DENSE,
+    LBGM(TopK(0.01)),
+    *(ErrorFeedback(TopK(ratio, "int4")) for ratio in (0.01, 0.03)),
+    *(ErrorFeedback(LookBackSubspace(8, delta, values="int4")) for delta in (0.9, 0.7)),
+    ErrorFeedback(SharedSubspace(8)),
+    ErrorFeedback(PowerSGD(1)),
+    ErrorFeedback(PowerSGD(4)),
+)
 # For models that train slowly.
 FEW = (DENSE, *TOPK[1:], *COARSE_TOPK, *SUBSPACES[2:4], *SUBSPACES[7:12])
 
@@ -94,6 +104,8 @@ class Setting:
     server_momentum: float = 0.0
     adamw_lr: float | None = None
     """Learning rate of AdamW inside, or None for SGD."""
+    server_adamw: bool = False
+    """If the server steps by AdamW."""
     data_parallel: bool = False
     """If training can run on DDP, and so with its baselines."""
 
@@ -151,6 +163,14 @@ SETTINGS = {
         server_momentum=0.9,
         adamw_lr=2e-3,
     ),
+    "lora": Setting(
+        "LoRA of a small GPT-2, data-parallel, 2 workers with batches of 8, AdamW",
+        dict.fromkeys(lora.MODELS, 300),
+        workers=2,
+        batch_size=8,
+        lr=3e-3,
+        server_adamw=True,
+    ),
 }
 
 
@@ -166,6 +186,8 @@ class Run(NamedTuple):
 
 def methods_of(setting: str, model: str) -> tuple[Algorithm, ...]:
     """Return the default methods."""
+    if setting == "lora":
+        return ADAPTERS
     methods = ALL if model == "fcn" else FEW
     return (*methods, *SUMS, *POWER_SGD) if SETTINGS[setting].data_parallel else methods
 
@@ -198,6 +220,9 @@ def training_of(what: Run, data_dir: str | None, text_dir: str | None, short: bo
             test_images=dataset.test_images[::step],
             test_labels=dataset.test_labels[::step],
         )
+    elif what.model in lora.MODELS:
+        dataset = lora.language(what.seed)
+        parts = list(torch.arange(len(dataset.train_labels)).tensor_split(setting.workers))
     else:
         dataset = images(data_dir, what.seed)
         parts = partition(dataset.train_labels, setting.workers, setting.partition, what.seed)
@@ -214,6 +239,7 @@ def training_of(what: Run, data_dir: str | None, text_dir: str | None, short: bo
         lr=setting.lr,
         server_momentum=setting.server_momentum,
         adamw_lr=setting.adamw_lr,
+        server_adamw=setting.server_adamw,
         seed=what.seed,
         device=torch.device("cpu"),
         evaluate_every=max(1, rounds // EVALUATIONS),

@@ -154,5 +154,9 @@ def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Modu
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's parameters by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Return copies of a model's parameters that are trained, by name."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from benchmarks.common import lora
 from benchmarks.common.data import Dataset
 from benchmarks.common.models import build, parameters
 from lbgm_compress import Compressor, Receiver, Sender
@@ -34,7 +35,7 @@ CHUNK = 32_000_000
 # Floats of activations for each number of the input, for models with many.
 ACTIVATIONS = {"small-cnn": 20, "transformer": 5000}
 # Inside vmap, convolutions with a kernel for each worker are slower than one after the other.
-ONE_BY_ONE = ("cnn", "resnet18")
+ONE_BY_ONE = ("cnn", "resnet18", *lora.MODELS)
 Parameters = dict[str, Tensor]
 
 
@@ -59,6 +60,8 @@ class Training:
     """If the server steps with the updates as they were before compression."""
     adamw_lr: float | None = None
     """If given, workers step by AdamW with this learning rate, and keep its moments."""
+    server_adamw: bool = False
+    """If the server steps by AdamW with the learning rate `lr`, and not by momentum."""
 
     def evaluated(self, number: int) -> bool:
         """Return True if the model is evaluated after this round."""
@@ -70,6 +73,8 @@ class Training:
 
     def initial_model(self) -> nn.Module:
         """Return the model that every method starts from."""
+        if self.model in lora.MODELS:
+            return lora.adapted(lora.MODELS[self.model], self.seed).to(self.device)
         image = tuple(self.dataset.train_images.shape[1:])
         return build(self.model, image, self.dataset.classes, self.seed).to(self.device)
 
@@ -243,6 +248,7 @@ def run(training: Training, method: Algorithm) -> Iterator[Round]:
     model = training.initial_model()
     weights = parameters(model)
     velocity = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=training.lr, weight_decay=0.0)
     workers = Workers(training)
     kind = Sums if method.adds_up else Messages
     exchange: Exchange = kind(training, method, workers.sizes)
@@ -258,7 +264,11 @@ def run(training: Training, method: Algorithm) -> Iterator[Round]:
         order = torch.randperm(len(workers.sizes), generator=sampler)
         sampled = sorted(order[: training.sampled()].tolist())
         exchanged = exchange.average(update(weights, sampled), sampled)
-        for name, step in exchanged.average.items():
+        if training.server_adamw:
+            for name, weight in weights.items():
+                weight.grad = exchanged.average[name]
+            optimizer.step()
+        for name, step in ({} if training.server_adamw else exchanged.average).items():
             velocity[name].mul_(training.server_momentum).add_(step)
             move = velocity[name]
             if training.adamw_lr is not None:
