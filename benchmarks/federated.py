@@ -247,12 +247,13 @@ def table_of(rows: Sequence[Row], setting: Setting, rounds: int) -> Table:
     return make_table(title, (*headings, "total to dense - 0.5"), cells, whole="method")
 
 
-def draw(folder: Path, runs: Runs) -> None:
+def draw(folder: Path, runs: Runs, settings: Sequence[Setting]) -> None:
     """Draw accuracy against the bytes of both directions, a panel for each setting."""
-    settings = sorted({what[:3] for what in runs}, key=lambda s: (s[0], -s[1], s[2]))
-    methods = [method for method in METHODS if any(what[3] == method for what in runs)]
-    figure, [panels] = subplots(1, len(settings), (1.5 + 4.2 * len(settings), 4.6))
-    for axes, setting in zip(panels, settings, strict=True):
+    methods = [m for m in METHODS if any(what[:3] in settings and what[3] == m for what in runs)]
+    columns = min(2, len(settings))
+    rows = -(-len(settings) // columns)
+    figure, panels = subplots(rows, columns, (1.5 + 4.2 * columns, 1 + 3.6 * rows))
+    for axes, setting in zip(panels.flat, settings, strict=False):
         for i, method in enumerate(methods):
             found = [e for what, e in runs.items() if what[:4] == (*setting, method)]
             if not found:
@@ -270,9 +271,15 @@ def draw(folder: Path, runs: Runs) -> None:
         axes.set_title(f"{kind}, {participation:.0%} of the clients", fontsize=9)
         axes.set_xlabel("MB in both directions, all clients (log scale)")
         tidy(axes)
-    panels[0].set_ylabel("test accuracy of the server's model")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        axes.set_ylabel("accuracy of the server's model")
+    for axes in panels.flat[len(settings) :]:
+        axes.set_axis_off()
+    lines = {
+        t: h for axes in panels.flat for h, t in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        lines.values(), lines, loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
     atomic_write(folder / "federated.png", png(figure))
 
 
@@ -365,13 +372,14 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             interrupted = True
             pool.shutdown(cancel_futures=True)
-    for setting in dict.fromkeys(what[:3] for what in asked):
+    settings = list(dict.fromkeys(what[:3] for what in asked))
+    for setting in settings:
         for rounds in options.tables:
             rows = rows_of(runs, setting, rounds)
             if rows:
                 printer.print(table_of(rows, setting, rounds))
     if runs:
-        draw(options.out, runs)
+        draw(options.out, runs, [s for s in settings if any(what[:3] == s for what in runs)])
     printer.print(f"Results are in {options.out}.", soft_wrap=True)
     return INTERRUPTED if interrupted else 0
 
