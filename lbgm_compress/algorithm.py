@@ -84,6 +84,7 @@ def check_algorithm(algorithm: Any) -> None:
             f"{name}(...), with brackets"
         )
     if not isinstance(algorithm, Algorithm):
+        hint = ": parse_compressor reads text" if isinstance(algorithm, str) else ""
         raise TypeError(
-            f"expected a compressor such as LBGM(TopK(0.01)), not {type(algorithm).__name__}"
+            f"expected a compressor such as LBGM(TopK(0.01)), not {type(algorithm).__name__}{hint}"
         )

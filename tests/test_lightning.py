@@ -172,6 +172,15 @@ def resume(rank, folder):
     path = f"{folder}/messages/epoch=1.ckpt"
     other = CompressionCallback(LBGM(TopK(0.5)))
     found["other"] = found_error(lambda: fit(folder, other, ckpt_path=path, max_epochs=4, **ALL))
+
+    made, _ = fit(folder, max_epochs=1)
+    path = f"{folder}/plain.ckpt"
+    made.save_checkpoint(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(folder, CompressionCallback(LBGM()), ckpt_path=path, max_epochs=2)
+    said = [str(one.message) for one in caught]
+    found["warnings"] = [one for one in said if "no state of CompressionCallback" in one]
     return found
 
 
@@ -340,6 +349,13 @@ def test_checkpoint_is_read_without_running_code_and_refused_by_another_compress
     for found in results:
         assert found["other"].startswith("ValueError: ")
         assert "LBGM(TopK(0.5))" in found["other"]
+        assert "remove checkpoint['callbacks']['CompressionCallback']" in found["other"]
+
+
+def test_checkpoint_from_before_compression_gives_a_warning(resumed):
+    for found in resumed[1]:
+        [message] = found["warnings"]
+        assert "compression begins anew, with full messages" in message
 
 
 # --- other trainings ------------------------------------------------------------------------------
@@ -447,7 +463,7 @@ def test_wrong_argument_is_refused_by_the_constructor(make, message):
 def test_strategy_without_ddp_is_refused_before_the_training(tmp_path):
     made = trainer(tmp_path, CompressionCallback(LBGM()), devices=1, strategy="auto")
     with pytest.raises(
-        TypeError, match=r'write Trainer\(strategy="ddp"\) in the place of SingleDeviceStrategy'
+        TypeError, match=r'Trainer\(strategy="ddp", devices=2\).*the place of SingleDeviceStrategy'
     ):
         made.fit(Net(), batches())
     assert made.global_step == 0

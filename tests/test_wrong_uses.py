@@ -357,7 +357,7 @@ WRONG = [
     ),
     (lambda: DiLoCo(Model(), None, LBGM()), "inner_optimizer must be a torch.optim.Optimizer, not"),
     (lambda: DiLoCo(Model(), sgd(), LBGM()), "inner_optimizer has none of the model's parameters"),
-    (lambda: diloco("int4"), "compressor: expected a compressor such as LBGM(TopK(0.01)), not str"),
+    (lambda: diloco("int4"), "not str: parse_compressor reads text"),
     (lambda: diloco(TopK), "not the class TopK: write TopK(...), with brackets"),
     (
         lambda: diloco(LBGM(ErrorFeedback(TopK(0.1)))),

@@ -13,6 +13,7 @@ hooks, ``DDPStrategy(ddp_comm_hook=...)``, has no effect on the CPU.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -94,13 +95,30 @@ class CompressionCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage, self._failed = stage, False
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._stage == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
+            warnings.warn(
+                "the checkpoint has no state of CompressionCallback: compression begins anew, with "
+                "full messages and without residuals",
+                stacklevel=2,
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._attached.register(
-            trainer.strategy.model,
-            f'write Trainer(strategy="ddp") in the place of {type(trainer.strategy).__name__}',
-            1.0 if scaler is None else scaler.get_scale,
-        )
+        try:
+            self._attached.register(
+                trainer.strategy.model,
+                f'write Trainer(strategy="ddp", devices=2), with your number of devices, in the '
+                f"place of {type(trainer.strategy).__name__}",
+                1.0 if scaler is None else scaler.get_scale,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: to go on without the state in a checkpoint, remove "
+                f"checkpoint['callbacks'][{self.state_key!r}] from its file"
+            ) from None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps = trainer.global_step

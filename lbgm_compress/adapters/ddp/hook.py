@@ -55,7 +55,10 @@ def compress(
         raise TypeError("the arguments are swapped: write compress(model, compressor)")
     if not isinstance(model, DistributedDataParallel):
         wrapped = getattr(model, "_orig_mod", None)
-        advice = "wrap the model first, as DistributedDataParallel(model)"
+        advice = (
+            "wrap the model first, as DistributedDataParallel(model); Accelerate and Ray Train do "
+            "so in prepare() and prepare_model() where there are several processes"
+        )
         if isinstance(wrapped, DistributedDataParallel):
             advice = "compress the DistributedDataParallel model before torch.compile takes it"
         raise TypeError(f"expected a DistributedDataParallel, not {type(model).__name__}: {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,12 @@ class CompressionState(BackgroundAverager):
             )
         self.process_group = process_group if process_group is not None else default_group()
         transport = ProcessGroupTransport(group_like(self.process_group))
+        if transport.size == 1:
+            warnings.warn(
+                "the process group has one rank: gradients are compressed, which costs accuracy, "
+                "and sent to nobody; start several, as with torchrun --nproc-per-node=2",
+                stacklevel=3,
+            )
         device = next(iter(parameters.values())).device
         nodes = nodes_of(transport, self.process_group, self._node_group, device)
         super().__init__(self._given, parameters, transport, nodes=nodes, **self._options)
