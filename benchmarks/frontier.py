@@ -437,8 +437,12 @@ def main(arguments: list[str]) -> int:
         check_folder(options.out)
         runs = read_runs(file)
         data = options.data_dir, options.text_dir, options.short
-        for first in {what.model == "transformer": what for what in asked}.values():
-            training_of(first, *data)
+        # A run of each data set, so that one that is missing is told before the first run.
+        own = "text", "lora"
+        for one in {
+            what.setting if what.setting in own else "images": what for what in asked
+        }.values():
+            training_of(one, *data)
     except (ValueError, DatasetMissing) as error:
         parser.error(str(error))
     interrupted = run_missing(asked, runs, file, options.jobs, data)
