@@ -54,6 +54,8 @@ RECYCLED = Kind.USES | Kind.BODY
 REFRESHED = Kind.USES | Kind.SETS | Kind.BODY
 FULL = Kind.SETS | Kind.BODY
 
+# A matrix with so many times more rows than columns is thin with up to four times as many columns.
+TALL = 8
 # Directions in float32 miss no more than this of a matrix within their span.
 ROUNDING = 1e-12
 
@@ -97,7 +99,7 @@ class LookBackSubspace(Compressor):
     values.
 
     A thin matrix, such as a factor of LoRA, has too few rows for directions: its shorter side is
-    at most `rank`, or at most twice `rank` if it has more rows than columns. The fewest entries
+    at most `rank`, or at most 4 `rank` if it has 8 times more rows than columns. The fewest entries
     that leave a phase error of at most `delta` are sent, in the payload of `TopK`. If a section of
     all values is no longer, it is sent instead; a receiver tells the two by their size.
 
@@ -415,8 +417,8 @@ class LookBackSubspace(Compressor):
             return False
         m, n = like.shape[0], like.numel() // like.shape[0]
         short, long = min(m, n), max(m, n)
-        # The directions of a tall matrix have as many coefficients as its longer side.
-        most = 2 * self.rank if m > n else self.rank
+        # Each direction of a matrix has m coefficients, which are many if it is tall.
+        most = 4 * self.rank if m >= TALL * n else self.rank
         return short <= most and self.rank * short + long < short * long
 
 
