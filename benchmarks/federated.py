@@ -254,7 +254,7 @@ def draw(folder: Path, runs: Runs, settings: Sequence[Setting]) -> None:
     rows = -(-len(settings) // columns)
     figure, panels = subplots(rows, columns, (1.5 + 4.2 * columns, 1 + 3.6 * rows))
     for axes, setting in zip(panels.flat, settings, strict=False):
-        for i, method in enumerate(methods):
+        for method in methods:
             found = [e for what, e in runs.items() if what[:4] == (*setting, method)]
             if not found:
                 continue
@@ -265,7 +265,10 @@ def draw(folder: Path, runs: Runs, settings: Sequence[Setting]) -> None:
                 size = statistics.fmean(e.uplink_bytes + e.downlink_bytes for e in at)
                 megabytes.append(size / 1e6)
                 heights.append(statistics.fmean(accuracy(e[: position + 1]) for e in found))
-            axes.plot(megabytes, heights, color=f"C{i}", linewidth=1.2, label=method)
+            name, dashed, _ = method.partition("-int8")
+            color = "black" if method == "dense" else f"C{list(METHODS).index(name)}"
+            style = "--" if dashed else "-"
+            axes.plot(megabytes, heights, style, color=color, linewidth=1.2, label=method)
         axes.set_xscale("log")
         kind, participation, _ = setting
         axes.set_title(f"{kind}, {participation:.0%} of the clients", fontsize=9)
@@ -277,6 +280,7 @@ def draw(folder: Path, runs: Runs, settings: Sequence[Setting]) -> None:
     lines = {
         t: h for axes in panels.flat for h, t in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    lines = {method: lines[method] for method in methods}
     figure.legend(
         lines.values(), lines, loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
