@@ -32,6 +32,8 @@ from lbgm_compress.adapters.lightning import CompressionCallback, ProbeCallback
 from tests.laws import assert_same_bits, copied
 from tests.ranks import run_ranks
 
+# What several tests look at is then trained once, not once in each of pytest's processes.
+pytestmark = pytest.mark.xdist_group("lightning")
 ROOT = Path(__file__).parent.parent
 WORLD = 2
 COMPRESSORS = {"messages": LBGM(ErrorFeedback(TopK(0.1))), "sums": ErrorFeedback(SharedSubspace(2))}
