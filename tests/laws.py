@@ -15,7 +15,7 @@ from lbgm_compress import Compressor, PayloadError, Receiver, Sender, parse_comp
 from lbgm_compress.wire.message import Kind
 from lbgm_compress.wire.values import as_bytes
 
-__all__ = ["assert_same_bits", "check_laws", "check_repr"]
+__all__ = ["assert_same_bits", "check_laws", "check_repr", "without_ids"]
 
 
 def assert_same_bits(a: Any, b: Any, law: str = "two values are the same") -> None:
@@ -64,6 +64,13 @@ def check_repr(compressor: Compressor, names: Mapping[str, Any] | None = None) -
     assert eval(repr(compressor), namespace) == compressor
     if not names:
         assert parse_compressor(repr(compressor), known=classes) == compressor
+
+
+def without_ids(state):
+    """Return a copy of a state without the names of look-back gradients, which are random."""
+    if isinstance(state, dict):
+        return {key: without_ids(value) for key, value in state.items() if key != "id"}
+    return state.clone() if isinstance(state, Tensor) else state
 
 
 def copied(state: Any) -> Any:

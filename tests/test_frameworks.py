@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lbgm_compress import LBGM, ErrorFeedback, LookBackSubspace, SharedSubspace, TopK
 from lbgm_compress.adapters.ddp import compress
-from tests.laws import assert_same_bits
+from tests.laws import assert_same_bits, without_ids
 from tests.ranks import as_torchrun, run_ranks
 from tests.test_docs import program_of
 from tests.training import assert_replicas_agree, parameters
@@ -38,13 +38,6 @@ def needs(name, *modules):
 def batch_of(rank, number):
     generator = torch.Generator().manual_seed(1000 * number + rank)
     return torch.randn(8, 20, generator=generator), torch.randn(8, 4, generator=generator)
-
-
-def without_ids(state):
-    """Return a state without the names of look-back gradients, which are drawn at random."""
-    if isinstance(state, dict):
-        return {key: without_ids(value) for key, value in state.items() if key != "id"}
-    return state.clone() if isinstance(state, torch.Tensor) else state
 
 
 # --- Accelerate -----------------------------------------------------------------------------------

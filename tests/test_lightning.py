@@ -29,7 +29,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from lbgm_compress import LBGM, ErrorFeedback, Identity, SharedSubspace, TopK
 from lbgm_compress.adapters.lightning import CompressionCallback, ProbeCallback
-from tests.laws import assert_same_bits, copied
+from tests.laws import assert_same_bits, without_ids
 from tests.ranks import run_ranks
 
 # What several tests look at is then trained once, not once in each of pytest's processes.
@@ -135,13 +135,7 @@ def found_error(function):
 
 def kept(callback):
     """Return the state of a rank, without the random numbers that name look-back gradients."""
-
-    def without_ids(state):
-        if isinstance(state, dict):
-            return {key: without_ids(value) for key, value in state.items() if key != "id"}
-        return state
-
-    return copied(without_ids(callback.state.state_dict()))
+    return without_ids(callback.state.state_dict())
 
 
 ALL = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "precision": "bf16-mixed"}

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from lbgm_compress import LBGM, ErrorFeedback, Identity, SharedSubspace, TopK
 from lbgm_compress.adapters.transformers import CompressionCallback, ProbeCallback
-from tests.laws import assert_same_bits
+from tests.laws import assert_same_bits, without_ids
 from tests.ranks import as_torchrun, run_ranks
 from tests.training import parameters
 
@@ -90,13 +90,6 @@ def trained(folder, *callbacks, resume=None, **options):
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=resume)
     return trainer, [str(one.message) for one in caught]
-
-
-def without_ids(state):
-    """Return a state without the names of look-back gradients, which are drawn at random."""
-    if isinstance(state, dict):
-        return {key: without_ids(value) for key, value in state.items() if key != "id"}
-    return state
 
 
 def parts(trainer, callback):
